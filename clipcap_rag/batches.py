@@ -1,0 +1,158 @@
+"""Training batches: captions in length buckets, each with an image and neighbours as bad as they may be in use."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.config import ModelConfig, TrainConfig
+from clipcap_rag.features import FeatureSet
+from clipcap_rag.model import IGNORED
+from clipcap_rag.sources import normalize_caption
+
+_BUCKET = 64  # batches sorted by length together
+_ORDER, _NOISE = 0, 1  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens [B, T] with the end token and IGNORED padding; inputs = image embedding [B, D] and, with an index,
+    neighbour embeddings [B, K, D], scores [B, K] and mask [B, K]."""
+
+    tokens: Tensor
+    inputs: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.tokens.to(device), tuple(part.to(device) for part in self.inputs))
+
+
+class CaptionBatches:
+    """The captions of some photos of a feature set as batches.
+
+    The order and the retrieval noise are functions of (seed, epoch, batch number), so a resumed run sees what an
+    uninterrupted one would have seen.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        rows: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        model: ModelConfig,
+        config: TrainConfig,
+        index: CaptionIndex | None = None,
+        neighbor_rows: np.ndarray | None = None,
+    ):
+        """neighbor_rows: [N, pool] rows of `index` for every photo of `features`, best first, -1 where absent."""
+        self.features, self.index, self.neighbor_rows = features, index, neighbor_rows
+        self.model, self.config = model, config
+        self.photo = np.array([row for row in rows for _ in features.captions[row]], np.int64)
+        texts = [caption for row in rows for caption in features.captions[row]]
+        encoded = tokenizer(texts)["input_ids"] if texts else []
+        end = tokenizer.eos_token_id
+        self.tokens = [ids[: config.max_caption_tokens] + [end] for ids in encoded]
+        self.own_texts = {row: {normalize_caption(text) for text in features.captions[row]} for row in rows}
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        return -(-len(self.tokens) // self.config.batch_size)
+
+    def order(self, epoch: int) -> list[np.ndarray]:
+        """The captions of each batch of an epoch: shuffled, then sorted by length inside buckets of 64 batches."""
+        random = self._random(_ORDER, epoch, 0)
+        lengths = np.array([len(tokens) for tokens in self.tokens])
+        shuffled = random.permutation(len(self.tokens))
+        size = self.config.batch_size
+        batches = []
+        for start in range(0, len(shuffled), size * _BUCKET):
+            bucket = shuffled[start : start + size * _BUCKET]
+            bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+            batches += [bucket[first : first + size] for first in range(0, len(bucket), size)]
+        return [batches[number] for number in random.permutation(len(batches))]
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The training batches of an epoch from batch number `skip` on."""
+        for number, captions in list(enumerate(self.order(epoch)))[skip:]:
+            random = self._random(_NOISE, epoch, number)
+            rows = None if self.index is None else self._noisy_rows(self.photo[captions], random)
+            yield self._batch(captions, rows, random)
+
+    def plain(self) -> Iterator[Batch]:
+        """Every caption once, in length order, with the nearest neighbours and no noise."""
+        by_length = np.argsort([len(tokens) for tokens in self.tokens], kind="stable")
+        for start in range(0, len(by_length), self.config.batch_size):
+            captions = by_length[start : start + self.config.batch_size]
+            yield self._batch(captions, self.nearest(self.photo[captions]), None)
+
+    def nearest(self, photos: np.ndarray) -> np.ndarray | None:
+        """Rows [B, K] of the nearest neighbours of some photos, None without an index."""
+        return None if self.index is None else self.neighbor_rows[photos, : self.config.max_neighbors]
+
+    def inputs(
+        self, photos: np.ndarray, rows: np.ndarray | None, random: np.random.Generator | None = None
+    ) -> tuple[Tensor, ...]:
+        """The model's inputs for photos and their neighbour rows; noise is added when `random` is given."""
+        unit = self.features.unit_embeddings(photos)  # [B, D]
+        image = unit if self.model.normalize else np.asarray(self.features.embeddings[photos], np.float32)
+        if random is not None and self.config.image_noise:
+            image = image + self._noise(random, image, self.config.image_noise)
+        if rows is None:
+            return (torch.from_numpy(image),)
+        mask = rows >= 0  # [B, K]
+        embeddings = self.index.embeddings(np.where(mask, rows, 0)).astype(np.float32)  # [B, K, D]
+        if random is not None and self.config.neighbor_noise:
+            embeddings = embeddings + self._noise(random, embeddings, self.config.neighbor_noise)
+            embeddings /= np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        scores = np.einsum("bd,bkd->bk", unit, embeddings)
+        return tuple(torch.from_numpy(part) for part in (image, embeddings, scores, mask))
+
+    @staticmethod
+    def _noise(random: np.random.Generator, vectors: np.ndarray, length: float) -> np.ndarray:
+        """Gaussian noise of the expected `length` relative to each vector's."""
+        noise = random.standard_normal(vectors.shape, np.float32) / np.sqrt(vectors.shape[-1], dtype=np.float32)
+        return length * np.linalg.norm(vectors, axis=-1, keepdims=True) * noise
+
+    def _batch(self, captions: np.ndarray, rows: np.ndarray | None, random: np.random.Generator | None) -> Batch:
+        longest = max(len(self.tokens[caption]) for caption in captions)
+        tokens = torch.full((len(captions), longest), IGNORED)
+        for place, caption in enumerate(captions):
+            tokens[place, : len(self.tokens[caption])] = torch.tensor(self.tokens[caption])
+        return Batch(tokens, self.inputs(self.photo[captions], rows, random))
+
+    def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Neighbour rows [B, K] as training shows them: fewer, from further down, random ones, or none.
+
+        Top 1 plus a sample of the pool follows Li et al. 2024 (arXiv 2406.02265), with fresh draws for every caption.
+        """
+        config, pool = self.config, self.neighbor_rows[photos]  # [B, pool]
+        B, K = len(photos), config.max_neighbors
+        places = np.broadcast_to(np.arange(pool.shape[1], dtype=np.float64), pool.shape).copy()
+        sampled = random.random(B) < config.pool_sampling
+        draws = random.random(pool.shape)
+        draws[:, 0] = -1.0
+        places[sampled] = draws[sampled]
+        places[pool < 0] = np.inf
+        rows = np.take_along_axis(pool, np.argsort(places, axis=1, kind="stable")[:, :K], axis=1)
+        replaced = (random.random(rows.shape) < config.random_neighbors) & (rows >= 0)
+        rows[replaced] = self._foreign(photos[np.nonzero(replaced)[0]], random)
+        count = np.where(random.random(B) < config.vary_neighbors, random.integers(1, K + 1, B), K)
+        count[random.random(B) < config.retrieval_dropout] = 0
+        rows[np.arange(rows.shape[1]) >= count[:, None]] = -1
+        return rows
+
+    def _foreign(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A random row of the index for each photo, -1 where the draw hit the photo's own words."""
+        rows = self.index.random_rows(len(photos), random)
+        for place, (photo, image_id, text) in enumerate(
+            zip(photos, self.index.image_ids(rows), self.index.captions(rows), strict=True)
+        ):
+            if image_id == self.features.image_ids[photo] or normalize_caption(text) in self.own_texts[photo]:
+                rows[place] = -1
+        return rows
+
+    def _random(self, stream: int, epoch: int, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, stream, epoch, number])

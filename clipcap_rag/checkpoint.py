@@ -1,0 +1,134 @@
+"""A trained captioner on disk: config.json, model.safetensors, the tokenizer and a model card."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from clipcap_rag.artifact import read_manifest, write_manifest
+from clipcap_rag.config import ModelConfig
+from clipcap_rag.errors import InputError
+from clipcap_rag.model import (
+    CaptionModel,
+    build_mapper,
+    language_model_from_config,
+    learned_state,
+    load_language_model,
+    load_tokenizer,
+    tune,
+)
+
+KIND, VERSION = "checkpoint", 1
+
+
+@dataclass
+class Checkpoint:
+    """A captioner and what made it.
+
+    Attributes:
+        encoder: the record of the CLIP model whose embeddings it understands (`Encoder.record`).
+        language_model: folder or hub id that it started from.
+        index: path, name and revision of the index it was trained with, or None.
+        num_neighbors: neighbours per image unless a call says otherwise.
+        training: settings and scores of the training run.
+    """
+
+    model: CaptionModel
+    tokenizer: PreTrainedTokenizerBase
+    config: ModelConfig
+    encoder: dict[str, Any]
+    language_model: str
+    index: dict[str, Any] | None = None
+    num_neighbors: int = 0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Fills the empty directory `folder`; weights that were not tuned stay where they came from."""
+        state = {name: tensor.contiguous().cpu() for name, tensor in learned_state(self.model).items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(self._card(), encoding="utf-8")
+        fields = {
+            "model": self.config.to_json(),
+            "encoder": self.encoder,
+            "language_model": {"name": self.language_model, "config": self.model.language_model.config.to_dict()},
+            "index": self.index,
+            "num_neighbors": self.num_neighbors,
+            "training": self.training,
+        }
+        write_manifest(folder, "config.json", KIND, VERSION, fields)
+
+    def _card(self) -> str:
+        learned = sum(tensor.numel() for tensor in learned_state(self.model).values())
+        scores = self.training.get("scores", {})
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+        index = f"index {self.index['name']} (revision {self.index['revision']})" if self.index else "no index"
+        return (
+            f"# Captioner\n\nMade by clipcap-rag. {self.config.mapper} mapper from {self.encoder['clip']} "
+            f"({self.config.clip_dim} wide) to {self.language_model} ({self.config.lm_dim} wide, "
+            f"{self.config.language_model_tuning}), {learned:,} stored weights, trained with {index} "
+            f"on the feature set {self.training.get('features', 'unknown')}.\n\n"
+            f"| on its validation photos | value |\n|---|---|\n{rows}\n"
+        )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a checkpoint in float32 on the CPU.
+
+    Raises:
+        InputError: missing or altered files, another format version, unknown or missing weights, or a language model
+            that it refers to cannot be found.
+    """
+    manifest = read_manifest(folder, "config.json", KIND, VERSION)
+    config = ModelConfig.from_json(manifest["model"])
+    source = manifest["language_model"]
+    if config.language_model_tuning == "full":
+        language_model = language_model_from_config(source["config"])
+    else:
+        language_model, _ = load_language_model(source["name"])
+    tokenizer = load_tokenizer(folder)
+    model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id)
+    load_weights(model, folder / "model.safetensors")
+    return Checkpoint(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        config=config,
+        encoder=manifest["encoder"],
+        language_model=source["name"],
+        index=manifest["index"],
+        num_neighbors=manifest["num_neighbors"],
+        training=manifest["training"],
+    )
+
+
+def load_weights(model: CaptionModel, file: Path) -> None:
+    """Loads the learned weights, refusing unknown keys, missing keys and other shapes by name."""
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is not a readable safetensors file ({error}); copy the checkpoint again") from error
+    expected = learned_state(model)
+    unknown, missing = sorted(set(state) - set(expected)), sorted(set(expected) - set(state))
+    if unknown or missing:
+        raise InputError(
+            f"{file} does not fit its config.json: unknown keys {_few(unknown)}, missing keys {_few(missing)}; "
+            "use the config.json that was saved with it"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(
+                f"{file}: {name} has shape {list(tensor.shape)} where config.json asks for "
+                f"{list(expected[name].shape)}; use the config.json that was saved with it"
+            )
+        with torch.no_grad():
+            expected[name].copy_(tensor)
+
+
+def _few(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,190 @@
+"""The commands: each takes the parsed flags, calls one library function, prints what came of it."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clipcap_rag import index_commands
+from clipcap_rag.config import GenerationConfig, ModelConfig, TrainConfig
+from clipcap_rag.errors import InputError
+from clipcap_rag.flags import (
+    CLIP_HELP,
+    INDEX_HELP,
+    add_captions,
+    add_compute,
+    add_config,
+    add_json,
+    add_out,
+    count,
+    make_config,
+)
+from clipcap_rag.output import DONE, SOME_FAILED, print_json, status_of
+from clipcap_rag.progress import say
+from clipcap_rag.sources import SourceOptions
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rag": {},
+    "clipcap-mlp": {"mapper": "mlp", "normalize": False},
+    "clipcap-transformer": {"mapper": "transformer", "normalize": False, "language_model_tuning": "frozen"},
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command adds to its parser and the function that runs it; that function's docstring is its help."""
+
+    add_flags: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+
+
+def _extract_flags(parser: ArgumentParser) -> None:
+    add_captions(parser)
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the photos that the captions name")
+    parser.add_argument("--clip", required=True, help=CLIP_HELP)
+    add_out(parser)
+    add_compute(parser, batch_size=32, workers=2)
+
+
+def extract(given: Namespace) -> int:
+    """Encode a folder of captioned photos once, for training and evaluation."""
+    from clipcap_rag.features import extract_features
+
+    features = extract_features(
+        given.captions,
+        given.images,
+        given.clip,
+        given.out,
+        source_options=make_config(SourceOptions, given),
+        device=given.device,
+        dtype=given.dtype,
+        batch_size=given.batch_size,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
+        overwrite=given.overwrite,
+    )
+    for error in features.errors:
+        say(f"error: {error}")
+    captions = sum(map(len, features.captions))
+    left_out = f"; {len(features.errors)} photos could not be read and are left out" if features.errors else ""
+    print(f"{features.path}: {len(features)} photos, {captions} captions{left_out}")
+    return SOME_FAILED if features.errors else DONE
+
+
+def _train_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--features", required=True, metavar="DIR", help="feature set of the training photos")
+    parser.add_argument("--index", help=f"caption index to retrieve from: {INDEX_HELP}")
+    text = "GPT-2-family model to start from: a folder or a hub id such as gpt2"
+    parser.add_argument("--language-model", required=True, metavar="MODEL", help=text)
+    text = "feature set to validate on (default: a part of --features)"
+    parser.add_argument("--validation-features", metavar="DIR", help=text)
+    add_out(parser)
+    text = "defaults of the model flags: retrieval, or one of ClipCap's two models (default: rag)"
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="rag", help=text)
+    add_config(parser, ModelConfig, "model", omit=("clip_dim", "lm_dim"))
+    add_config(parser, TrainConfig, "training")
+    add_compute(parser)
+
+
+def train(given: Namespace) -> int:
+    """Train a captioner; a stopped run continues when the same command is run again."""
+    model_config, train_config = make_config(ModelConfig, given, PRESETS[given.preset]), make_config(TrainConfig, given)
+    from clipcap_rag.training import train as run_training
+
+    out = run_training(
+        given.features,
+        given.index,
+        given.language_model,
+        given.out,
+        model_config=model_config,
+        train_config=train_config,
+        validation_features=given.validation_features,
+        device=given.device,
+        dtype=given.dtype,
+        overwrite=given.overwrite,
+    )
+    print(f"{out}: trained; caption photos with: clipcap-rag caption PHOTO --model {out}")
+    return DONE
+
+
+def _caption_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="photos, folders of photos, or globs")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    retrieval = parser.add_argument_group("retrieval")
+    text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
+    retrieval.add_argument("--index", action="append", help=text)
+    retrieval.add_argument("--no-retrieval", action="store_true", help="caption without neighbours")
+    text = "neighbour captions per photo; 0 is --no-retrieval (default: as the model was trained)"
+    retrieval.add_argument("--num-neighbors", type=count, metavar="N", help=text)
+    retrieval.add_argument("--index-device", default="auto", help="auto, cpu or gpu (default: auto)")
+    add_config(parser, GenerationConfig, "writing")
+    output = parser.add_argument_group("output")
+    add_json(output, "print one JSON object per photo as it is done")
+    output.add_argument("--verbose", action="store_true", help="show neighbours and candidates with their scores")
+    add_compute(parser, batch_size=16, workers=0)
+
+
+def caption(given: Namespace) -> int:
+    """Caption photos, with retrieval, without, or with another index swapped in."""
+    if given.no_retrieval and (given.index or given.num_neighbors):
+        raise InputError("--no-retrieval contradicts --index and --num-neighbors; give one of them")
+    generation = make_config(GenerationConfig, given)
+    from clipcap_rag.captioner import Captioner
+    from clipcap_rag.images import expand_images
+
+    images = expand_images(given.images)
+    captioner = Captioner.from_pretrained(given.model, given.device, given.dtype, given.index_device)
+    errors = []
+    for result in captioner.stream(
+        images,
+        index=None if given.no_retrieval else given.index or "default",
+        num_neighbors=given.num_neighbors,
+        generation=generation,
+        batch_size=given.batch_size,
+        workers=given.workers,
+    ):
+        errors.append(result.error)
+        if given.json:
+            print_json(result.to_json())
+        elif result.error is None:
+            _print_result(result, given.verbose)
+        else:
+            say(f"error: {result.error}")
+    return status_of(errors)
+
+
+def _print_result(result: Any, verbose: bool) -> None:
+    print(f"{result.image}: {result.caption}", flush=True)
+    if not verbose:
+        return
+    for neighbor in result.neighbors:
+        print(f"    near {neighbor.score:6.3f}  {neighbor.caption}  [{neighbor.index} {neighbor.row}]")
+    for candidate in result.candidates:
+        detail = f"CLIP {candidate.clip_similarity:.3f}, log-probability {candidate.log_probability:.1f}"
+        print(f"    rank {candidate.score:6.3f}  {candidate.caption}  ({detail})")
+
+
+def _doctor_flags(parser: ArgumentParser) -> None:
+    add_json(parser, "print one JSON object")
+
+
+def doctor(given: Namespace) -> int:
+    """Show versions, devices, memory and indexes, and what is wrong with the installation."""
+    from clipcap_rag.doctor import examine
+
+    diagnosis = examine()
+    print(json.dumps(diagnosis.to_json(), ensure_ascii=False, indent=1) if given.json else diagnosis.table())
+    return SOME_FAILED if diagnosis.problems else DONE
+
+
+COMMANDS = {
+    "index build": Command(index_commands.build_flags, index_commands.build),
+    "index info": Command(index_commands.info_flags, index_commands.info),
+    "index search": Command(index_commands.search_flags, index_commands.search),
+    "index verify": Command(index_commands.verify_flags, index_commands.verify),
+    "extract": Command(_extract_flags, extract),
+    "train": Command(_train_flags, train),
+    "caption": Command(_caption_flags, caption),
+    "doctor": Command(_doctor_flags, doctor),
+}

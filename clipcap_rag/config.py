@@ -1,0 +1,166 @@
+"""Frozen configuration dataclasses: JSON in and out, every field with its help and unit, contradictions refused."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from clipcap_rag.errors import InputError
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field with its documentation; commands make their flags from it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise InputError(sentence)
+
+
+class Config:
+    """What all configurations share: a check of choices and the way to JSON and back."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise InputError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Raises InputError for a key that this release does not know or a key that is missing."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+        if unknown or missing:
+            raise InputError(
+                f"{cls.__name__} does not fit this release: unknown {unknown or 'none'}, missing {missing or 'none'}"
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config):
+    """The shape of a captioner; `clip_dim` and `lm_dim` follow from the two models and are filled in by the builder."""
+
+    mapper: str = option("retrieval", "mapper from embeddings to prefix", ("retrieval", "transformer", "mlp"))
+    prefix_length: int = option(10, "prefix vectors given to the language model (P)")
+    clip_length: int = option(10, "tokens that the image embedding is unfolded into (C)")
+    mapper_layers: int = option(8, "transformer layers of the mapper")
+    mapper_heads: int = option(8, "attention heads of the mapper")
+    mapper_dropout: float = option(0.0, "dropout probability inside the mapper")
+    language_model_tuning: str = option("full", "what of the language model learns", ("frozen", "lora", "full"))
+    lora_rank: int = option(8, "rank of the LoRA matrices")
+    normalize: bool = option(True, "give the mapper unit-length image embeddings instead of raw ones")
+    clip_dim: int = option(0, "width of the CLIP embedding space (D)")
+    lm_dim: int = option(0, "width of the language model (E)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.prefix_length >= 1, f"prefix_length is {self.prefix_length}; it must be at least 1")
+        _require(self.clip_length >= 1, f"clip_length is {self.clip_length}; it must be at least 1")
+        _require(self.mapper_layers >= 1, f"mapper_layers is {self.mapper_layers}; it must be at least 1")
+        _require(
+            self.mapper == "mlp" or self.lm_dim % self.mapper_heads == 0,
+            f"mapper_heads {self.mapper_heads} does not divide the language model's width {self.lm_dim}; "
+            "choose a divisor",
+        )
+        _require(0 <= self.mapper_dropout < 1, f"mapper_dropout is {self.mapper_dropout}; it must be in [0, 1)")
+        _require(self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Config):
+    """How many neighbours a caption is written with."""
+
+    num_neighbors: int = option(8, "neighbour captions per image (K); 0 turns retrieval off")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_neighbors >= 0, f"num_neighbors is {self.num_neighbors}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Config):
+    """How candidate captions are written and ordered."""
+
+    decoding: str = option("sample", "sample and rerank, beam search, or greedy", ("sample", "beam", "greedy"))
+    candidates: int = option(16, "captions to sample per image; the greedy caption is always one of them")
+    top_p: float = option(0.9, "nucleus: sample from the likeliest tokens that together have this probability")
+    temperature: float = option(0.7, "softmax temperature of sampling; smaller is safer, larger more varied")
+    num_beams: int = option(5, "beams of beam search, ordered by mean log-probability")
+    max_new_tokens: int = option(40, "longest caption, in language-model tokens")
+    log_probability_weight: float = option(
+        1.0, "weight of a candidate's log-probability (nats) beside logit_scale x CLIP similarity in the rerank score"
+    )
+    seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.candidates >= 1, f"candidates is {self.candidates}; it must be at least 1")
+        _require(self.num_beams >= 1, f"num_beams is {self.num_beams}; it must be at least 1")
+        _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
+        _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """The optimisation, and the bad retrieval that the model is trained to survive."""
+
+    epochs: int = option(10, "passes over the captions")
+    batch_size: int = option(40, "captions per optimiser step and accumulation part")
+    accumulate: int = option(1, "batches whose gradients make one optimiser step")
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW for the mapper")
+    lm_learning_rate: float = option(5e-5, "peak learning rate of AdamW for the language model")
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices")
+    warmup: float = option(0.05, "part of all steps in which the learning rate rises")
+    schedule: str = option("cosine", "how the learning rate falls to 0 afterwards", ("cosine", "linear"))
+    gradient_clip: float = option(1.0, "largest gradient norm; 0 leaves gradients alone")
+    max_caption_tokens: int = option(40, "longest caption that is trained on, in tokens; the rest is cut")
+    seed: int = option(0, "seed of weights, order and retrieval noise")
+    validation_fraction: float = option(0.05, "part of the images, chosen by hash of image_id, kept for validation")
+    validation_images: int = option(500, "at most this many validation images are captioned for greedy CIDEr")
+    patience: int = option(3, "epochs without a better validation CIDEr before training stops; 0 never stops early")
+    neighbor_pool: int = option(50, "nearest captions stored per image, from which neighbours are drawn (K_max)")
+    max_neighbors: int = option(8, "most neighbours shown in training")
+    retrieval_dropout: float = option(0.15, "probability that a caption is trained with no neighbours at all")
+    vary_neighbors: float = option(0.5, "probability of fewer neighbours than max_neighbors, uniform from 1")
+    pool_sampling: float = option(0.5, "probability of top 1 plus a sample of the pool instead of the nearest")
+    random_neighbors: float = option(0.1, "probability that a neighbour is replaced by a random caption of the index")
+    neighbor_noise: float = option(0.0, "length of the Gaussian noise added to a neighbour embedding of length 1")
+    image_noise: float = option(0.0, "length of the Gaussian noise added to an image embedding, relative to its own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup", "validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling",
+                     "random_neighbors"):  # fmt: skip
+            _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        for name in ("learning_rate", "lm_learning_rate"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        _require(
+            self.max_neighbors <= self.neighbor_pool,
+            f"max_neighbors {self.max_neighbors} exceeds neighbor_pool {self.neighbor_pool}; raise the pool",
+        )
+
+
+@dataclass(frozen=True)
+class IndexConfig(Config):
+    """How a caption index is searched."""
+
+    index_key: str = option("auto", "auto, Flat, or a FAISS factory key such as IVF4096,Flat or HNSW32")
+    index_memory: float = option(
+        0.0, "memory for building the search structure, in GB; 0 is 60 percent of the free one"
+    )
+    index_latency: float = option(10.0, "longest time one query may take, in milliseconds, when FAISS tunes itself")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(bool(self.index_key), "index_key is empty; use auto, Flat, IVF... or HNSW...")
+        _require(self.index_memory >= 0, f"index_memory is {self.index_memory}; it must be 0 or more GB")
+        _require(self.index_latency > 0, f"index_latency is {self.index_latency}; it must be above 0 ms")

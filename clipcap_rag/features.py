@@ -1,0 +1,204 @@
+"""Feature sets: the embeddings, ids and captions of a folder of photos, encoded once and memory-mapped afterwards."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import feather
+
+from clipcap_rag.artifact import join_arrays, read_manifest, resumable_directory, save_array, write_json, write_manifest
+from clipcap_rag.encoder import Encoder
+from clipcap_rag.errors import InputError
+from clipcap_rag.images import IMAGE_EXTENSIONS
+from clipcap_rag.progress import bar
+from clipcap_rag.sources import BadLines, CaptionRecord, SourceOptions, read_captions
+
+KIND, VERSION = "feature set", 1
+_CHUNK = 512  # images between two points at which a killed extraction can continue
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """N photos: their ids, file names, captions and raw embeddings [N, D] float16, and what could not be read."""
+
+    path: Path
+    encoder: dict
+    image_ids: list[str]
+    images: list[str]
+    digests: list[bytes]
+    captions: list[list[str]]
+    embeddings: np.ndarray
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def unit_embeddings(self, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
+        """Embeddings [len(rows), D] float32 of length 1."""
+        raw = np.asarray(self.embeddings[rows], np.float32)
+        return raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "FeatureSet":
+        """Opens a feature set.
+
+        Raises:
+            InputError: it is missing, unfinished, altered or of another format version.
+        """
+        path = Path(path)
+        manifest = read_manifest(path, "features.json", KIND, VERSION)
+        images = feather.read_table(path / "images.arrow").to_pydict()
+        captions: list[list[str]] = [[] for _ in images["image_id"]]
+        table = feather.read_table(path / "captions.arrow").to_pydict()
+        for row, caption in zip(table["image_row"], table["caption"], strict=True):
+            captions[row].append(caption)
+        return cls(
+            path=path,
+            encoder=manifest["encoder"],
+            image_ids=images["image_id"],
+            images=images["image"],
+            digests=images["digest"],
+            captions=captions,
+            embeddings=np.load(path / "embeddings.npy", mmap_mode="r"),
+            errors=manifest["errors"],
+        )
+
+
+@dataclass
+class _Photo:
+    image_id: str
+    path: Path
+    captions: list[str]
+
+
+def extract_features(
+    captions: Sequence[str | Path],
+    images: str | Path,
+    clip: str,
+    out: str | Path,
+    *,
+    source_options: SourceOptions | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 32,
+    workers: int = 2,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+) -> FeatureSet:
+    """Encodes the photos that caption files name and stores them with their captions.
+
+    A photo that is missing or cannot be read is left out and listed in `FeatureSet.errors`. A killed run continues
+    where it was.
+
+    Args:
+        captions: caption files whose records carry `image` or `image_id` (the file's stem).
+        images: the folder of the photos.
+        clip: CLIP model string.
+        out: where the feature set is written.
+        workers: processes that decode photos.
+        skip_bad: count and list bad caption lines instead of stopping at the first.
+
+    Raises:
+        InputError: no usable photo, bad captions, or `out` exists.
+    """
+    folder, out = Path(images), Path(out)
+    if not folder.is_dir():
+        raise InputError(f"the image folder {folder} does not exist; give --images the folder that holds the photos")
+    bad = BadLines(skip_bad)
+    photos = _group(read_captions(captions, source_options or SourceOptions(), bad), folder)
+    if not photos:
+        raise InputError(f"no caption in {', '.join(map(str, captions))} names an image; add image or image_id to them")
+    encoder = Encoder.load(clip, device, dtype)
+    job = {
+        "clip": encoder.clip,
+        "dtype": str(encoder.dtype),
+        "photos": len(photos),
+        "content": hashlib.sha256(
+            repr([(photo.image_id, str(photo.path), photo.captions) for photo in photos]).encode()
+        ).hexdigest(),
+    }
+    with resumable_directory(out, job, overwrite) as staging:
+        _encode(photos, encoder, staging, batch_size, workers)
+        _join(photos, staging, encoder, bad)
+    return FeatureSet.open(out)
+
+
+def _group(records: Iterable[CaptionRecord], folder: Path) -> list[_Photo]:
+    """One entry per photo, in order of first appearance, with all its captions."""
+    by_stem: dict[str, Path] = {}
+    photos: dict[str, _Photo] = {}
+    for record in records:
+        if record.image is None and record.image_id is None:
+            continue
+        key = record.image_id or Path(record.image).stem
+        if key not in photos:
+            if record.image is not None:
+                path = folder / record.image
+            else:
+                by_stem = by_stem or {
+                    file.stem: file for file in sorted(folder.rglob("*")) if file.suffix.lower() in IMAGE_EXTENSIONS
+                }
+                path = by_stem.get(key, folder / key)
+            photos[key] = _Photo(key, path, [])
+        photos[key].captions.append(record.caption)
+    return list(photos.values())
+
+
+def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: int, workers: int) -> None:
+    """Writes, chunk by chunk, the embeddings of the photos that can be read and a log of which these are."""
+    with bar("photos", total=len(photos), unit="photo") as progress:
+        for start in range(0, len(photos), _CHUNK):
+            part, log = photos[start : start + _CHUNK], staging / f"chunk-{start:09d}.json"
+            if log.is_file():
+                progress.update(len(part))
+                continue
+            encoded = encoder.encode_image([photo.path for photo in part], batch_size, workers, progress.update)
+            kept = [row for row, error in enumerate(encoded.errors) if error is None]
+            save_array(log.with_suffix(".npy"), encoded.embeddings.raw[kept].astype(np.float16))
+            write_json(
+                log,
+                {
+                    "kept": [start + row for row in kept],
+                    "digests": [encoded.digests[row].hex() for row in kept],
+                    "errors": [error for error in encoded.errors if error is not None],
+                },
+            )
+
+
+def _join(photos: list[_Photo], staging: Path, encoder: Encoder, bad: BadLines) -> None:
+    """Makes the files of the feature set from the chunks, and removes these."""
+    logs = sorted(staging.glob("chunk-*.json"))
+    chunks = [json.loads(log.read_text()) for log in logs]
+    kept = [photos[row] for chunk in chunks for row in chunk["kept"]]
+    errors = [error for chunk in chunks for error in chunk["errors"]]
+    if not kept:
+        raise InputError(f"none of the {len(photos)} photos can be read; the first: {errors[0]}")
+    join_arrays([log.with_suffix(".npy") for log in logs], staging / "embeddings.npy")
+    images = pa.table(
+        {
+            "image_id": [photo.image_id for photo in kept],
+            "image": [photo.path.name for photo in kept],
+            "digest": [bytes.fromhex(digest) for chunk in chunks for digest in chunk["digests"]],
+        }
+    )
+    captions = pa.table(
+        {
+            "image_row": pa.array([row for row, photo in enumerate(kept) for _ in photo.captions], pa.int32()),
+            "caption": [caption for photo in kept for caption in photo.captions],
+        }
+    )
+    feather.write_feather(images, staging / "images.arrow", compression="uncompressed")
+    feather.write_feather(captions, staging / "captions.arrow", compression="uncompressed")
+    for log in logs:
+        log.unlink()
+        log.with_suffix(".npy").unlink()
+    fields = {"encoder": encoder.record(), "errors": errors, "bad_lines": bad.listed, "bad_line_count": bad.count}
+    write_manifest(staging, "features.json", KIND, VERSION, fields)

@@ -1,0 +1,67 @@
+"""Which device and number format to compute in, and how much memory is free."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipcap_rag.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`: a GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: a GPU is demanded and there is none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        number = int(device.partition(":")[2] or 0)
+        if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+            raise InputError(f"device {device} was demanded but there is no such GPU; use --device cpu or auto")
+    elif device != "cpu":
+        raise InputError(f"device is {device!r}; choose auto, cpu, cuda or cuda:N")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The number format for `auto` or a name: bfloat16 where the hardware is really faster in it, else float32.
+
+    On CPUs that means AMX tiles; AVX512-BF16 alone speeds up large matrices only and is left to an explicit choice.
+    """
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; choose auto or one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if "amx_bf16" in cpu_flags() else torch.float32
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of the processor, empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be used now without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 * 2**30
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

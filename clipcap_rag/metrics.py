@@ -1,0 +1,57 @@
+"""Caption metrics from strings and retrieval metrics from arrays."""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from clipcap_rag.errors import missing_extra
+
+_PUNCTUATION = {"''", "'", "``", "`", "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+_TOKEN = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?=n't\b)|\w+(?:[-.]\w+)*|\.\.\.|--|[^\w\s]", re.IGNORECASE)
+
+
+def tokenize(caption: str) -> str:
+    """Lower-case words joined by spaces, without punctuation, in the style of the Penn Treebank tokenizer."""
+    return " ".join(token for token in _TOKEN.findall(caption.lower()) if token not in _PUNCTUATION)
+
+
+def require_metrics() -> None:
+    """Raises InputError with the remedy if the package that computes caption metrics is not installed."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        raise missing_extra("pycocoevalcap", "eval")
+
+
+def caption_metrics(references: Sequence[Sequence[str]], captions: Sequence[str]) -> dict[str, float]:
+    """CIDEr-D (Vedantam et al. 2015) and BLEU-1..4 (Papineni et al. 2002) as raw fractions.
+
+    Args:
+        references: per image, its reference captions.
+        captions: per image, the caption to judge.
+    """
+    require_metrics()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {row: [tokenize(text) for text in texts] for row, texts in enumerate(references)}
+    judged = {row: [tokenize(caption)] for row, caption in enumerate(captions)}
+    cider, _ = Cider().compute_score(truth, judged)
+    bleu, _ = Bleu(4).compute_score(truth, judged, verbose=0)
+    return {"CIDEr": float(cider)} | {f"BLEU-{order + 1}": float(value) for order, value in enumerate(bleu)}
+
+
+def recall_at(images: np.ndarray, texts: np.ndarray, owner: Sequence[int], ranks: Sequence[int]) -> dict[str, float]:
+    """Share of images with at least one own caption among the k nearest of all captions, for each k.
+
+    Args:
+        images: [N, D] unit length.
+        texts: [M, D] unit length.
+        owner: per text, the row of its image.
+        ranks: the k to report.
+    """
+    owner = np.asarray(owner)
+    first = np.empty(len(images), np.int64)
+    for row, similarities in enumerate(images @ texts.T):
+        first[row] = np.count_nonzero(similarities > similarities[owner == row].max())
+    return {f"R@{k}": float((first < k).mean()) for k in ranks}

@@ -1,0 +1,159 @@
+"""The captioner's network: a mapper's prefix in front of a GPT-2-family language model.
+
+Legend of shape letters, used throughout the package: B batch, T text tokens, P prefix length, K neighbours,
+D clip_dim, E lm_dim, V vocabulary, N rows, H heads.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from clipcap_rag.config import ModelConfig
+from clipcap_rag.errors import InputError, missing_extra
+from clipcap_rag.mapper import MLPMapper, RetrievalMapper, TransformerMapper
+
+IGNORED = -100  # label of positions that carry no loss
+
+transformers_logging.disable_progress_bar()
+
+
+class CaptionModel(nn.Module):
+    """Mapper and language model; what learns is said by `requires_grad`, a frozen language model stays in eval mode."""
+
+    def __init__(self, mapper: nn.Module, language_model: nn.Module, end_token: int):
+        super().__init__()
+        self.mapper, self.language_model, self.end_token = mapper, language_model, end_token
+
+    def train(self, mode: bool = True) -> "CaptionModel":
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.language_model.parameters()):
+            self.language_model.eval()
+        return self
+
+    def prefix(self, image_embedding: Tensor, *neighbors: Tensor) -> Tensor:
+        """image_embedding [B, D] and neighbours (embeddings [B, K, D], scores [B, K], mask [B, K]) -> [B, P, E]."""
+        return self.mapper(image_embedding, *neighbors)
+
+    def _hidden(self, tokens: Tensor, image_embedding: Tensor, neighbors: tuple[Tensor, ...]) -> Tensor:
+        prefix = self.prefix(image_embedding, *neighbors)  # [B, P, E]
+        words = self.language_model.get_input_embeddings()(tokens)  # [B, T, E]
+        inputs = torch.cat([prefix.to(words.dtype), words], dim=1)  # [B, P+T, E]
+        hidden = self.language_model.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        return hidden[:, prefix.shape[1] - 1 : -1]  # [B, T, E]
+
+    def forward(self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor) -> Tensor:
+        """Logits [B, T, V] of each of the tokens [B, T], given the prefix and the tokens before it."""
+        return self.language_model.lm_head(self._hidden(tokens, image_embedding, neighbors))
+
+    def loss(self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor) -> tuple[Tensor, int]:
+        """Summed negative log-likelihood in nats and the number of tokens that it counts.
+
+        Args:
+            tokens: [B, T] with the end token after each caption and IGNORED behind it.
+        """
+        counted = tokens != IGNORED
+        hidden = self._hidden(tokens.masked_fill(~counted, self.end_token), image_embedding, neighbors)
+        logits = self.language_model.lm_head(hidden[counted])  # [counted, V]
+        return F.cross_entropy(logits.float(), tokens[counted], reduction="sum"), int(counted.sum())
+
+
+def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A GPT-2-family language model in float32 and its tokenizer, from a folder or the Hugging Face hub.
+
+    Raises:
+        InputError: not found, not of the GPT-2 family, or without an end token.
+    """
+    with _named(name):
+        _check_family(name, AutoConfig.from_pretrained(name).to_dict())
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        return model, load_tokenizer(name)
+
+
+def language_model_from_config(config: dict[str, Any]) -> nn.Module:
+    """An untrained language model of the shape that a checkpoint stores."""
+    _check_family("the checkpoint", config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model folder, hub id or checkpoint."""
+    with _named(str(name)):
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no end token; give a GPT-2-family model with its tokenizer")
+    return tokenizer
+
+
+class _named:
+    """Turns what transformers raises for a model that cannot be read into one sentence that names it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, InputError):
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"cannot load the language model {self.name!r} ({reason}); "
+                "give a folder with config.json, model.safetensors and tokenizer files, or a hub id such as gpt2"
+            ) from error
+
+
+def _check_family(name: str, config: dict[str, Any]) -> None:
+    if config.get("model_type") != "gpt2":
+        raise InputError(
+            f"the language model {name} is of type {config.get('model_type')}; "
+            "give one of the GPT-2 family (gpt2, distilgpt2, gpt2-medium, a folder)"
+        )
+
+
+def build_mapper(config: ModelConfig) -> nn.Module:
+    """The mapper that `config` describes, with fresh weights."""
+    if config.mapper == "mlp":
+        return MLPMapper(config.clip_dim, config.lm_dim, config.prefix_length)
+    kind = RetrievalMapper if config.mapper == "retrieval" else TransformerMapper
+    return kind(
+        config.clip_dim,
+        config.lm_dim,
+        config.prefix_length,
+        config.clip_length,
+        layers=config.mapper_layers,
+        heads=config.mapper_heads,
+        dropout=config.mapper_dropout,
+    )
+
+
+def tune(language_model: nn.Module, config: ModelConfig) -> nn.Module:
+    """Marks what of the language model learns: nothing, LoRA matrices beside it (arXiv 2106.09685), or all of it."""
+    language_model.requires_grad_(config.language_model_tuning == "full")
+    if config.language_model_tuning != "lora":
+        return language_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise missing_extra("peft", "train") from error
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        fan_in_fan_out=True,
+    )
+    return inject_adapter_in_model(lora, language_model)
+
+
+def learned_state(model: CaptionModel) -> dict[str, Tensor]:
+    """The weights that a checkpoint must store: the mapper, and what of the language model was tuned."""
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if name.startswith("mapper.") or name in learned
+    }

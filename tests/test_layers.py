@@ -1,0 +1,123 @@
+"""The law of layers: who may import whom, and which heavy package is whose."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "clipcap_rag"
+LAYERS = {
+    "__init__": 0,
+    "errors": 0.1,
+    "progress": 0.2,
+    "artifact": 0.3,
+    "config": 0.3,
+    "hardware": 0.5,
+    "output": 0.5,
+    "images": 0.6,
+    "sources": 1,
+    "index_store": 1,
+    "encoder": 1,
+    "mapper": 1,
+    "metrics": 1,
+    "loss_plot": 1,
+    "caption_index": 2,
+    "features": 2,
+    "model": 2,
+    "flags": 2,
+    "index_check": 2,
+    "optimizer": 3,
+    "index_builder": 3,
+    "retriever": 3,
+    "generation": 3,
+    "rerank": 3.5,
+    "checkpoint": 3,
+    "batches": 3.5,
+    "run_directory": 3.5,
+    "validation": 3.7,
+    "training": 4,
+    "captioner": 5,
+    "evaluation": 6,
+    "doctor": 6,
+    "index_commands": 7,
+    "commands": 7.5,
+    "cli": 8,
+    "__main__": 9,
+}
+OWNERS = {"open_clip": {"encoder"}, "faiss": {"caption_index"}, "autofaiss": {"caption_index"}}
+LIGHT = {
+    "config": {"torch", "faiss", "numpy", "pyarrow", "transformers"},
+    "images": {"torch", "faiss"},
+    "sources": {"torch", "faiss"},
+    "index_store": {"torch", "faiss"},
+}
+MODULES = {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(PACKAGE.glob("*.py"))}
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Dotted names of everything imported, inside functions too; `from package import module` counts as the module."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            inside = node.module == "clipcap_rag"
+            found |= {f"{node.module}.{alias.name}" if inside else node.module for alias in node.names}
+    return found
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """Names of our modules that a module imports."""
+    parts = [name.split(".") for name in imports_of(tree)]
+    return {name[1] if len(name) > 1 and name[1] in MODULES else "__init__" for name in parts if name[0] == "clipcap_rag"}
+
+
+def reached(module: str) -> set[str]:
+    """A module and all of ours that importing it may load."""
+    known, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in known:
+            known.add(name)
+            waiting += own_imports(MODULES[name])
+    return known
+
+
+def test_every_module_has_a_layer():
+    assert set(MODULES) == set(LAYERS)
+
+
+def test_package_is_flat():
+    assert [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE] == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_only_from_lower_layers(module):
+    too_high = {other for other in own_imports(MODULES[module]) if LAYERS[other] >= LAYERS[module]}
+    assert not too_high, f"{module} (layer {LAYERS[module]}) imports {too_high}"
+
+
+@pytest.mark.parametrize("package", sorted(OWNERS))
+def test_heavy_packages_have_one_owner(package):
+    importers = {
+        module
+        for module, tree in MODULES.items()
+        if any(name.split(".")[0] == package for name in imports_of(tree))
+    }
+    assert importers == OWNERS[package]
+
+
+@pytest.mark.parametrize("module", sorted(LIGHT))
+def test_light_modules_stay_light(module):
+    tops = {name.split(".")[0] for other in reached(module) for name in imports_of(MODULES[other])}
+    assert not tops & LIGHT[module]
+
+
+def test_modules_open_with_one_sentence():
+    wrong = []
+    for module, tree in MODULES.items():
+        sentence = ast.get_docstring(tree) or ""
+        if not sentence.endswith(".") or "\n\n" in sentence:
+            wrong.append(module)
+    assert not wrong

@@ -1,0 +1,69 @@
+"""The captioner's network: losses, tuning, and language models that do not fit."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clipcap_rag.config import ModelConfig
+from clipcap_rag.errors import InputError
+from clipcap_rag.model import IGNORED, CaptionModel, build_mapper, learned_state, load_language_model, tune
+
+D, P = 8, 4
+
+
+def build(tiny_lm, **settings):
+    torch.manual_seed(0)
+    language_model, tokenizer = load_language_model(str(tiny_lm))
+    config = ModelConfig(
+        clip_dim=D, lm_dim=language_model.config.n_embd, prefix_length=P, mapper_layers=1, mapper_heads=2, **settings
+    )
+    return CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id)
+
+
+def test_loss_is_cross_entropy_over_the_counted_tokens(tiny_lm):
+    model = build(tiny_lm).eval()
+    end = model.end_token
+    tokens = torch.tensor([[5, 6, 7, end], [0, end, IGNORED, IGNORED]])
+    image = torch.randn(2, D)
+    total, count = model.loss(tokens, image)
+    logits = model(tokens.clamp_min(0), image)
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="sum")
+    assert count == 6
+    torch.testing.assert_close(total, expected)
+
+
+def test_padding_changes_nothing(tiny_lm):
+    model = build(tiny_lm).eval()
+    tokens, image = torch.tensor([[5, 6, model.end_token]]), torch.randn(1, D)
+    padded = F.pad(tokens, (0, 5), value=IGNORED)
+    torch.testing.assert_close(model.loss(padded, image)[0], model.loss(tokens, image)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
+def test_only_what_is_tuned_learns(tiny_lm, tuning):
+    model = build(tiny_lm, language_model_tuning=tuning).train()
+    assert model.language_model.training == (tuning != "frozen")
+    model.loss(torch.tensor([[5, 6, model.end_token]]), torch.randn(1, D))[0].backward()
+    learning = {name for name, parameter in model.language_model.named_parameters() if parameter.grad is not None}
+    if tuning == "frozen":
+        assert not learning
+    elif tuning == "lora":
+        assert learning and all("lora_" in name for name in learning)
+    else:
+        assert learning == {name for name, _ in model.language_model.named_parameters()}
+    assert any(name.startswith("mapper.") for name in learned_state(model))
+
+
+def test_language_models_that_do_not_fit_are_named(tmp_path, tiny_lm):
+    with pytest.raises(InputError, match="nowhere/at-all"):
+        load_language_model("nowhere/at-all")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    with pytest.raises(InputError, match="type opt"):
+        load_language_model(str(tmp_path))
+
+
+def test_any_width_works(tiny_lm):
+    model = build(tiny_lm, mapper="mlp")
+    assert model.prefix(torch.randn(2, D)).shape == (2, P, model.language_model.config.n_embd)

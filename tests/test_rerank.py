@@ -1,0 +1,36 @@
+"""Rerank: the order follows the score, duplicates are merged."""
+
+import numpy as np
+import pytest
+
+from clipcap_rag.generation import Written
+from clipcap_rag.rerank import by_likelihood, by_similarity, distinct
+
+WRITTEN = [
+    Written("a red kite", (1, 2, 9), -3.0),
+    Written("a blue kite", (1, 3, 4, 9), -6.0),
+    Written("a red kite", (5, 9), -2.0),
+    Written("", (9,), -0.1),
+]
+
+
+def test_equal_strings_are_one_candidate_and_the_likeliest_stays():
+    kept = distinct(WRITTEN)
+    assert [candidate.caption for candidate in kept] == ["a red kite", "a blue kite"]
+    assert kept[0].log_probability == -2.0
+
+
+def test_similarity_alone_and_with_likelihood():
+    kept, similarities = distinct(WRITTEN), np.array([0.30, 0.32], np.float32)
+    alone = by_similarity(kept, similarities, 100.0, 0.0)
+    assert [candidate.caption for candidate in alone] == ["a blue kite", "a red kite"]
+    assert alone[0].score == pytest.approx(0.32)
+    weighed = by_similarity(kept, similarities, 100.0, 1.0)
+    assert [candidate.caption for candidate in weighed] == ["a red kite", "a blue kite"]
+    assert weighed[0].score == pytest.approx(0.30 - 2.0 / 100)
+    assert weighed[0].clip_similarity == pytest.approx(0.30)
+
+
+def test_likelihood_order_is_the_mean_per_token():
+    ranked = by_likelihood(WRITTEN[:3], np.zeros(3))
+    assert [candidate.score for candidate in ranked] == pytest.approx([-1.0, -1.0, -1.5])
