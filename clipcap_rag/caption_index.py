@@ -6,12 +6,14 @@ import logging
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.errors import InputError
@@ -22,7 +24,7 @@ from clipcap_rag.sources import normalize_caption
 
 EXACT_LIMIT = 1_000_000  # rows up to which `auto` searches exactly
 _RECALL = 0.95  # recall@10 that nprobe or efSearch is raised for
-_BLOCK = 16_384  # rows that are widened to float32 at a time
+_BLOCK = 8192  # rows that are widened to float32 at a time: few enough to stay in the cache of the processor
 _SLACK = 16  # candidates beyond k, so that rounding and equal scores rarely need a second look
 _ROUNDING = 1e-5  # more than float32 sums of unit vectors differ by between kernels
 _GPU_LARGEST_K = 2048  # limit of FAISS on a GPU
@@ -181,7 +183,7 @@ class CaptionIndex:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         for numbers, block in self._live_blocks():
-            close = queries @ block.astype(np.float32).T >= bounds[:, None]  # [B, n]
+            close = queries @ _widened(block).T >= bounds[:, None]  # [B, n]
             for query in np.flatnonzero(close.any(axis=1)):
                 candidates = np.concatenate([rows[query], numbers[close[query]]])[None]
                 best = self._rank(queries[query : query + 1], candidates, k)
@@ -233,7 +235,6 @@ class CaptionIndex:
     def _flat_on_gpu(self) -> Any:
         """All live rows on the GPU in float32, or None where they do not fit."""
         import faiss
-        import torch
 
         needed, free = 4 * len(self) * self.dim, torch.cuda.mem_get_info(self._gpu)[0]
         if needed > 0.8 * free:
@@ -243,7 +244,7 @@ class CaptionIndex:
         settings.device = self._gpu
         flat = faiss.GpuIndexFlatIP(self._gpu_resources, self.dim, settings)
         for _, block in self._live_blocks():
-            flat.add(block.astype(np.float32))
+            flat.add(_widened(block))
         return flat
 
     @cached_property
@@ -285,14 +286,19 @@ def flat_search(
     best_scores = np.full((len(queries), k), -np.inf, np.float32)
     best_rows = np.full((len(queries), k), -1, np.int64)
     for rows, block in blocks:
-        scores, places = faiss.knn(
-            queries, block.astype(np.float32), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT
-        )
+        scores, places = faiss.knn(queries, _widened(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         scores = np.concatenate([best_scores, scores], axis=1)
         candidates = np.concatenate([best_rows, rows[places]], axis=1)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best_scores, best_rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
     return best_scores, best_rows
+
+
+def _widened(block: np.ndarray) -> np.ndarray:
+    """A float16 block as float32; torch does this nine times as fast as numpy."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # it is only read
+        return torch.from_numpy(np.asarray(block)).float().numpy()
 
 
 def _fetch(k: int) -> int:
@@ -335,7 +341,7 @@ def plan_search(config: IndexConfig, rows: int, dim: int) -> str | None:
             "use auto, Flat, or a FAISS factory key such as IVF4096,Flat or HNSW32"
         ) from error
     inverted = faiss.try_extract_index_ivf(empty)
-    if inverted and inverted.nlist > rows:
+    if inverted and not 1 <= inverted.nlist <= rows:
         raise InputError(f"index_key {key} asks for {inverted.nlist} clusters of {rows} captions; use fewer, or auto")
     budget = _memory_budget(config)
     training = min(rows, 256 * inverted.nlist) * dim * 4 if inverted else 0
@@ -360,7 +366,7 @@ def build_search_structure(embeddings: Path, config: IndexConfig, out: Path) -> 
         out: the file to write.
 
     Returns:
-        What index.json says: key, parameters, recall_at_10, queries (the kind it was measured with: text), latency_ms.
+        What index.json says: key, parameters, recall_at_10, queries (the kind it was measured with), latency_ms.
         None where search is exact and nothing was written.
 
     Raises:
@@ -428,7 +434,7 @@ def _with_factory(vectors: np.ndarray, key: str) -> Any:
     rows = np.sort(np.random.default_rng(0).choice(len(vectors), sample, replace=False))
     structure.train(vectors[rows].astype(np.float32))
     for start in range(0, len(vectors), _BLOCK):
-        structure.add(vectors[start : start + _BLOCK].astype(np.float32))
+        structure.add(_widened(vectors[start : start + _BLOCK]))
     return structure
 
 
@@ -436,13 +442,17 @@ def _tune(structure: Any, vectors: np.ndarray) -> dict[str, Any]:
     """Doubles nprobe or efSearch until recall@10 is reached; says parameters, recall and milliseconds a query."""
     import faiss
 
-    rows = np.sort(np.random.default_rng(1).choice(len(vectors), min(len(vectors), 500), replace=False))
+    generator = np.random.default_rng(1)
+    rows = np.sort(generator.choice(len(vectors), min(len(vectors), 500), replace=False))
     queries = vectors[rows].astype(np.float32)
+    # an image lies further from its captions than they from each other, and nprobe has to suffice for that
+    queries += generator.standard_normal(queries.shape, np.float32) / vectors.shape[1] ** 0.5
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     blocks = (
         (np.arange(start, min(start + _BLOCK, len(vectors))), vectors[start : start + _BLOCK])
         for start in range(0, len(vectors), _BLOCK)
     )
-    count = min(11, len(vectors))  # a stored caption finds itself
+    count = min(10, len(vectors))
     truth = flat_search(blocks, queries, count)[1]
     inverted = faiss.try_extract_index_ivf(structure)
     if inverted:
@@ -455,11 +465,7 @@ def _tune(structure: Any, vectors: np.ndarray) -> dict[str, Any]:
         if name:
             faiss.ParameterSpace().set_index_parameter(structure, name, value)
         found = structure.search(queries, min(_fetch(count), len(vectors)))[1]
-        hits = [
-            len(np.setdiff1d(np.intersect1d(*pair), row)) / max(1, len(np.setdiff1d(pair[0], row)))
-            for row, *pair in zip(rows, truth, found, strict=True)
-        ]
-        recall = float(np.mean(hits))
+        recall = float(np.mean([len(np.intersect1d(*pair)) / count for pair in zip(truth, found, strict=True)]))
         if recall >= _RECALL:
             break
     start = time.perf_counter()

@@ -27,7 +27,7 @@ def build_parser() -> Parser:
             owner = groups[""].add_parser(group, help=text, description=f"Commands for a caption {group}.")
             groups[group] = owner.add_subparsers(title="commands", metavar="COMMAND", required=True)
         description = (command.run.__doc__ or "").strip()
-        added = groups[group].add_parser(name, help=description.splitlines()[0], description=description)
+        added = groups[group].add_parser(name, help=description.partition("\n")[0], description=description)
         command.add_flags(added)
         added.set_defaults(run=command.run, parser=added)
     return parser

@@ -153,7 +153,9 @@ def faiss_finding(gpu_build: bool, gpus: int, installed: set[str], cuda: bool) -
         note = "; faiss-cpu is on record too, which does no harm" if "faiss-cpu" in installed else ""
         found = f"GPU build is live, {gpus} GPU{'s' * (gpus != 1)} seen{note}"
         if cuda and not gpus:
-            return Finding("faiss", f"{found}, though torch sees one", "update the NVIDIA driver or use --index-device cpu")
+            return Finding(
+                "faiss", f"{found}, though torch sees one", "update the NVIDIA driver or use --index-device cpu"
+            )
         return Finding("faiss", found)
     if "faiss-gpu" in installed:
         found = "CPU build is live: faiss-cpu, which autofaiss asks for, was written over faiss-gpu"

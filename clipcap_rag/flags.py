@@ -120,7 +120,7 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 
 def add_out(parser: argparse.ArgumentParser) -> None:
     """Adds --out and --overwrite."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it appears when it is whole")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
 

@@ -16,11 +16,11 @@ from clipcap_rag.errors import InputError
 ImageLike = str | Path | bytes | Image.Image | np.ndarray
 
 # Formats are named one by one because PIL's full list has some that start other programs (EPS runs Ghostscript).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
-IMAGE_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif .jp2 .j2k "
-    ".ppm .pgm .pbm .pnm .tga .ico".split()
-)
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO")
+IMAGE_EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
+})  # fmt: skip
 _MOST_OBLONG = 200  # ratio of the sides; CLIP enlarges the short side, so a strip of 1 x 60000 would fill the memory
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -58,20 +58,13 @@ def decode_image(image: ImageLike) -> Image.Image:
     if not isinstance(image, str | Path):
         raise InputError(f"an image cannot be a {type(image).__name__}; give a path, bytes, a PIL image or an array")
     name = _printable(image)
-    if not _exists(image):
+    if not os.path.exists(image):
         raise InputError(f"there is no image {name}; check the path")
     if not os.path.isfile(image):  # a named pipe would block for ever
         raise InputError(f"{name} is not a file; give the path of an image")
     if not os.path.getsize(image):
         raise InputError(f"{name} is empty; copy the image again")
     return _to_rgb(Path(image), name)
-
-
-def _exists(path: str | Path) -> bool:
-    try:
-        return os.path.exists(path)
-    except ValueError:  # the name holds a NUL
-        return False
 
 
 def _printable(path: str | Path) -> str:
@@ -96,7 +89,8 @@ def _to_rgb(source: Path | io.BytesIO | Image.Image, name: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image of a known format; give a JPEG, PNG or the like") from error
     except Exception as error:  # PIL's decoders raise errors of every class on damaged files
-        raise InputError(f"{name} is a damaged image ({error}); copy it again") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name} is a damaged image ({reason}); copy it again") from error
 
 
 def _too_large() -> str:
@@ -110,7 +104,7 @@ def _convert(image: Image.Image) -> Image.Image:
     _check_size(image.size)  # icons reveal their true size only now
     turn = _TURNS.get(_orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _from_grey(np.asarray(image), sixteen_bit=image.mode.startswith("I;16"))
+        image = _from_grey(image)
     elif image.has_transparency_data:
         image = _over_white(image)
     image = image.convert("RGB")  # always a new plain image, also where it is RGB
@@ -142,13 +136,13 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _from_grey(values: np.ndarray, sixteen_bit: bool) -> Image.Image:
-    """Greys [H, W] of more than 8 bits, scaled to 8."""
-    values = np.nan_to_num(values.astype(np.float64))
+def _from_grey(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits, scaled to 8."""
+    values = np.nan_to_num(np.asarray(image, np.float64), posinf=65535, neginf=0)
     top = values.max()
-    if sixteen_bit:
+    if image.mode.startswith("I;16"):
         peak = 65535
-    elif top <= 1 and values.dtype.kind == "f":
+    elif image.mode == "F" and top <= 1:
         peak = 1
     else:
         peak = 255 if top <= 255 else 65535
@@ -208,8 +202,8 @@ def _expand(argument: str | Path) -> list[Path]:
     path, pattern = Path(argument), str(argument)
     if not pattern:  # Path("") is the current folder
         return []
-    if _exists(path) or not glob.has_magic(pattern):
-        return _pictures(path) if path.is_dir() else [path]
+    if os.path.exists(path) or not glob.has_magic(pattern):
+        return _pictures(path) if os.path.isdir(path) else [path]
     matches = sorted(glob.glob(pattern, recursive=True))
     pictures = [
         picture for match in map(Path, matches) for picture in (_pictures(match) if match.is_dir() else [match])

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
-from clipcap_rag.artifact import read_manifest, write_manifest
+from clipcap_rag.artifact import read_manifest, staging_path, write_manifest
 from clipcap_rag.errors import InputError
 
 KIND, VERSION, MANIFEST = "caption index", 1, "index.json"
@@ -253,6 +253,8 @@ def resolve_index(name_or_path: str | Path) -> Path:
     for home in index_homes() if bare else ():
         if (home / path / MANIFEST).is_file():
             return home / path
+    if path.name and staging_path(path).exists():
+        raise InputError(f"caption index {path} is unfinished; run the command that began it again to complete it")
     if path.exists():
         raise InputError(
             f"{path} is not a caption index: it has no {MANIFEST}; give the folder that `index build` wrote"

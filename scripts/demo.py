@@ -10,7 +10,8 @@ from pathlib import Path
 from clipcap_rag.cli import main
 
 OUT = Path("runs/demo")
-PHOTOS, EPOCHS, SHOWN = 1500, 3, 6  # photos to train on, passes over them, unseen photos to caption
+PHOTOS, SHOWN = 1000, 6  # photos to train on, unseen photos to caption
+SMALL = ("--epochs", "2", "--mapper-layers", "2")  # minutes on two cores instead of an hour
 NEEDED = {
     "flickr8k/captions_train.jsonl": 'one {"image": "name.jpg", "image_id": "name", "captions": ["...", ...]} per line',
     "flickr8k/captions_dev.jsonl": "the same for photos that are not trained on",
@@ -31,29 +32,26 @@ def run(*arguments: str | Path, done: bool = False) -> None:
         sys.exit(status)
 
 
-def head(source: Path, out: Path, count: int) -> list[str]:
-    """Copies the first `count` lines."""
+def first_lines(source: Path, count: int) -> list[str]:
     with open(source, encoding="utf-8") as file:
-        lines = list(itertools.islice(file, count))
-    out.write_text("".join(lines), encoding="utf-8")
-    return lines
+        return list(itertools.islice(file, count))
 
 
 def demo(data: Path) -> None:
-    clip, images, captions = data / "bench_clip", data / "flickr8k/images", data / "flickr8k/captions_train.jsonl"
+    clip, images, captions = data / "bench_clip", data / "flickr8k/images", OUT / "train.jsonl"
     own, other, features, model = (OUT / name for name in ("flickr8k-index", "cc3m-index", "features", "model"))
     OUT.mkdir(parents=True, exist_ok=True)
-    head(captions, OUT / "train.jsonl", PHOTOS)
-    dev = head(data / "flickr8k/captions_dev.jsonl", OUT / "dev.jsonl", SHOWN)
+    captions.write_text("".join(first_lines(data / "flickr8k/captions_train.jsonl", PHOTOS)), encoding="utf-8")
+    dev = first_lines(data / "flickr8k/captions_dev.jsonl", SHOWN)
     unseen = [images / json.loads(line)["image"] for line in dev]
     run("index", "build", "--captions", captions, "--clip", clip, "--out", own, done=own.exists())
     foreign = data / "captions/cc3m_val.jsonl.gz"
     run("index", "build", "--captions", foreign, "--clip", clip, "--out", other, done=other.exists())
-    source = ("--captions", OUT / "train.jsonl", "--images", images, "--clip", clip)
+    source = ("--captions", captions, "--images", images, "--clip", clip)
     run("extract", *source, "--out", features, done=features.exists())
     start = ("--features", features, "--index", own, "--language-model", data / "bench_gpt2")
     trained = (model / "run.json").exists() and json.loads((model / "run.json").read_text())["finished"]
-    run("train", *start, "--out", model, "--epochs", str(EPOCHS), done=trained)
+    run("train", *start, "--out", model, *SMALL, done=trained)
     for choice in ((), ("--no-retrieval",), ("--index", other)):
         run("caption", *unseen, "--model", model, *choice)
     print(f"\nEverything is in {OUT}; remove it to start over. With --verbose the neighbours are shown too.")
@@ -62,7 +60,7 @@ def demo(data: Path) -> None:
 def explain(given: str | None) -> None:
     """Says what the folder of photos and models must hold."""
     problem = f"{given} lacks some of it" if given else "CLIPCAP_RAG_DATA is not set"
-    print(f"error: make demo needs a folder with photos, captions and two small models, and {problem}:", file=sys.stderr)
+    print(f"error: make demo needs a folder with photos, captions and two models; {problem}:", file=sys.stderr)
     for name, what in NEEDED.items():
         print(f"  {name:32}{what}", file=sys.stderr)
     print("Flickr8k is given out by its authors on request; other captioned photos in this shape do as well.\n"

@@ -170,7 +170,7 @@ def test_disk_faults_are_one_sentence(tmp_path, number, word):
 
 def test_other_system_errors_keep_their_name(tmp_path):
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path / "thing"):
-        open(tmp_path / "nothing" / "here")
+        (tmp_path / "nothing" / "here").read_text()
 
 
 def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):

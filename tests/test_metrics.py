@@ -11,7 +11,8 @@ from clipcap_rag.metrics import caption_metrics, recall_at, tokenize
     [
         ("A dog's ball, on the grass .", "a dog 's ball on the grass"),
         ("The man isn't here; he can't wait!", "the man is n't here he ca n't wait"),
-        ('A sign says "stop" (in red)...', "a sign says stop in red"),
+        ('A sign says "stop" (in red)...', "a sign says stop -lrb- in red -rrb-"),
+        ("Bread &amp; tea at 5 o'clock in the U.S.", "bread & tea at 5 o'clock in the u.s."),
         ("A t-shirt and a 3.5 m kite", "a t-shirt and a 3.5 m kite"),
     ],
 )

@@ -1,0 +1,249 @@
+"""Images and texts -> CLIP embeddings of unit length, with what identifies the encoder."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipcap_rag.clip_models import open_model, parse_clip, stored_clip
+from clipcap_rag.encoder_record import PROBE_SENTENCES, check_same_encoder, encoder_record, probe_image, probe_sentences
+from clipcap_rag.errors import InputError
+from clipcap_rag.hardware import pick_device, pick_dtype
+from clipcap_rag.image_loader import Preprocess, load_images
+from clipcap_rag.images import ImageLike, image_name
+from clipcap_rag.text_tower import TextTower
+
+__all__ = [
+    "EncodedImages",
+    "Embeddings",
+    "Encoder",
+    "check_encoder",
+    "check_same_encoder",
+    "parse_clip",
+    "stored_clip",
+]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """CLIP embeddings of N inputs.
+
+    Attributes:
+        vectors: [N, D] float32, of length 1, or 0 for an image that could not be read.
+        norms: [N] float32, the lengths that the tower gave.
+    """
+
+    vectors: np.ndarray
+    norms: np.ndarray
+
+    @property
+    def raw(self) -> np.ndarray:
+        """[N, D] float32 as the tower gave them; ClipCap's published MLP weights want these."""
+        return self.vectors * self.norms[:, None]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Embeddings of images.
+
+    Attributes:
+        embeddings: one per image; zero where there is an error.
+        errors: per image None, or a sentence that says why it could not be encoded.
+        digests: per image the hash of its content (`images.image_digest`), empty where it could not be read.
+    """
+
+    embeddings: Embeddings
+    errors: list[str | None]
+    digests: list[bytes]
+
+
+class Encoder:
+    """A CLIP model that is ready to embed.
+
+    Attributes:
+        clip: the string that loads this model again: NAME:TAG, local-dir:ABSOLUTE-PATH or hf-hub:ORG/NAME.
+        dim: width of the embeddings (D).
+        device: where it computes.
+        dtype: the number format of its weights; bfloat16 leaves out image towers that it would hurt.
+        logit_scale: factor between a cosine and the model's logit.
+        context_length: most tokens of a text that it reads; longer texts are cut as open_clip does.
+        preprocess: RGB picture -> pixels [3, H, W] float32.
+    """
+
+    def __init__(
+        self,
+        clip: str,
+        dim: int,
+        model: torch.nn.Module,
+        tokenizer: Callable[[list[str]], torch.Tensor],
+        preprocess: Preprocess,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.clip, self.dim, self.device, self.dtype, self.preprocess = clip, dim, device, dtype, preprocess
+        self.logit_scale = model.logit_scale.exp().item()
+        self.context_length: int = tokenizer.context_length
+        self._tokenizer = tokenizer
+        tower = model.visual
+        self._pixel_dtype = torch.float32 if dtype is torch.bfloat16 and _is_delicate(tower) else dtype
+        model.visual = torch.nn.Identity()  # taken out, because what was rounded once stays rounded
+        model.to(device=device, dtype=dtype)
+        model.visual = tower.to(device=device, dtype=self._pixel_dtype)
+        self._model = model.eval().requires_grad_(False)
+        self._text_tower = TextTower(self._model)
+
+    @classmethod
+    def load(cls, clip: str, device: str = "auto", dtype: str = "auto", base: Path | None = None) -> "Encoder":
+        """Loads a CLIP model.
+
+        Args:
+            clip: NAME, NAME:TAG, local-dir:PATH, the path of a folder, or hf-hub:ORG/NAME.
+            device: auto, cpu, cuda or cuda:N.
+            dtype: auto, float32, bfloat16 or float16.
+            base: the folder that a relative PATH is looked up in first, then the current one.
+
+        Raises:
+            InputError: there is no such model, it is not here and cannot be fetched, or its files are faulty.
+        """
+        chosen = pick_device(device)
+        number_format = pick_dtype(dtype, chosen)
+        name, tag = parse_clip(clip, base)
+        return cls(name if tag is None else f"{name}:{tag}", *open_model(name, tag), chosen, number_format)
+
+    def encode_text(
+        self, texts: Sequence[str], batch_size: int = 256, on_progress: Callable[[int], None] | None = None
+    ) -> Embeddings:
+        """Embeds N texts; long ones are batched with long ones and no batch is longer than it must be.
+
+        Args:
+            texts: captions; those longer than the tower's context are cut as open_clip does.
+            batch_size: texts at a time.
+            on_progress: called with the number of texts that were just done.
+
+        Raises:
+            InputError: the model gives a text an embedding that is zero or not finite.
+        """
+        if isinstance(texts, str):
+            raise InputError("texts is one string; give a list of texts")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        raw = np.zeros((len(texts), self.dim), np.float32)
+        if not len(texts):
+            return _normalized(raw)
+        tokens = torch.cat([self._tokenizer(list(texts[start : start + batch_size])).int()
+                            for start in range(0, len(texts), batch_size)])  # fmt: skip
+        lengths = self._text_tower.lengths(tokens)
+        order = lengths.argsort(descending=True, stable=True)  # the longest first: a lack of memory shows at once
+        for rows in order.split(batch_size):
+            batch = tokens[rows, : int(lengths[rows[0]])].to(self.device, torch.long)
+            with torch.inference_mode(), _enough_memory(batch_size):
+                raw[rows.numpy()] = self._text_tower(batch).float().cpu().numpy()
+            if on_progress:
+                on_progress(len(rows))
+        embeddings = _normalized(raw)
+        faulty = np.flatnonzero(~_usable(embeddings))
+        if len(faulty):
+            raise InputError(f"{self.clip} gives no usable embedding for {texts[faulty[0]]!r}; use --dtype float32")
+        return embeddings
+
+    def encode_pixels(self, pixels: torch.Tensor) -> Embeddings:
+        """Embeds preprocessed images [B, 3, H, W]."""
+        with torch.inference_mode(), _enough_memory(len(pixels)):
+            raw = self._model.encode_image(pixels.to(self.device, self._pixel_dtype), normalize=False)
+        return _normalized(raw.float().cpu().numpy())
+
+    def iter_images(
+        self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0
+    ) -> Iterator[EncodedImages]:
+        """Embeds images and yields them batch by batch, in order; arguments and errors as for `encode_image`."""
+        start = 0
+        for loaded in load_images(images, self.preprocess, batch_size, workers):
+            errors, size = list(loaded.errors), len(loaded.errors)
+            vectors, norms = np.zeros((size, self.dim), np.float32), np.zeros(size, np.float32)
+            good = [place for place, error in enumerate(errors) if error is None]
+            if good:
+                encoded = self.encode_pixels(torch.from_numpy(loaded.pixels))
+                vectors[good], norms[good] = encoded.vectors, encoded.norms
+                for place in np.array(good)[~_usable(encoded)]:
+                    name = image_name(images[start + place], start + place)
+                    errors[place] = f"{self.clip} gives no usable embedding for {name}; use --dtype float32"
+                    vectors[place], norms[place] = 0, 0
+            yield EncodedImages(Embeddings(vectors, norms), errors, loaded.digests)
+            start += size
+
+    def encode_image(
+        self,
+        images: Sequence[ImageLike],
+        batch_size: int = 32,
+        workers: int = 0,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> EncodedImages:
+        """Embeds N images; one that cannot be read gets an error and a zero vector, the others are encoded.
+
+        Args:
+            images: paths, file contents, PIL images or arrays.
+            batch_size: images at a time.
+            workers: processes that decode; 0 decodes in this one.
+            on_progress: called with the number of images that were just done.
+
+        Raises:
+            InputError: a worker process was killed, or the arguments are impossible.
+        """
+        done = [EncodedImages(_normalized(np.zeros((0, self.dim), np.float32)), [], [])]
+        for part in self.iter_images(images, batch_size, workers):
+            done.append(part)
+            if on_progress:
+                on_progress(len(part.errors))
+        return EncodedImages(
+            Embeddings(
+                np.concatenate([part.embeddings.vectors for part in done]),
+                np.concatenate([part.embeddings.norms for part in done]),
+            ),
+            [error for part in done for error in part.errors],
+            [digest for part in done for digest in part.digests],
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What an artefact stores of its encoder: `clip`, `dim` and the embeddings of fixed probes; ready for JSON."""
+        return self._record(PROBE_SENTENCES)
+
+    def _record(self, sentences: Sequence[str]) -> dict[str, Any]:
+        image = self.encode_pixels(self.preprocess(probe_image())[None]).vectors[0]
+        return encoder_record(self.clip, sentences, self.encode_text(sentences).vectors, image)
+
+
+def check_encoder(record: dict[str, Any], encoder: Encoder, owner: str) -> None:
+    """Raises InputError, naming both models, if `encoder` is not the one that the record of `owner` describes."""
+    sentences = probe_sentences(record, owner)
+    check_same_encoder(record, owner, encoder._record(sentences), "the CLIP model that was loaded")
+
+
+def _is_delicate(tower: torch.nn.Module) -> bool:
+    """Whether bfloat16 is too coarse for an image tower: one with depthwise convolutions.
+
+    Each of their outputs is a sum of few products, so errors of the weights do not average out. Measured with a
+    MobileNetV2 on 96 photos, smallest cosine to the exact embedding: 0.9964 with all weights rounded to bfloat16, 0.9996
+    with all but theirs. float16 does no harm (0.9999).
+    """
+    return any(isinstance(part, torch.nn.Conv2d) and part.groups > 1 for part in tower.modules())
+
+
+def _normalized(raw: np.ndarray) -> Embeddings:
+    norms = np.linalg.norm(raw, axis=1)
+    return Embeddings(raw / np.where(norms > 0, norms, 1)[:, None], norms)
+
+
+def _usable(embeddings: Embeddings) -> np.ndarray:
+    return np.isfinite(embeddings.vectors).all(axis=1) & np.isfinite(embeddings.norms) & (embeddings.norms > 0)
+
+
+@contextmanager
+def _enough_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU has not enough memory for batches of {batch_size}; lower --batch-size") from error
