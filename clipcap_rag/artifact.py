@@ -216,6 +216,8 @@ def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False)
     with disk_errors(out):
         if (staging / _JOB).is_file() and read_json(staging / _JOB, "job") == job:
             say(f"continuing the unfinished work in {staging}")
+            for torn in staging.rglob("*.tmp"):
+                torn.unlink()
         else:
             if staging.exists():
                 say(f"{staging} holds unfinished work of another command; starting over")
@@ -223,8 +225,8 @@ def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False)
             staging.mkdir(parents=True)
             write_json(staging / _JOB, job)
         yield staging
-        (staging / _JOB).unlink()
         commit(staging, out)
+        (out / _JOB).unlink()
 
 
 @contextmanager

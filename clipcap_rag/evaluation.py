@@ -133,7 +133,7 @@ def _conditions(
         retriever, _ = captioner.retriever(name, k or 1)
         index = retriever.indexes[0]
         found = retriever.search(images.vectors, k or 1, exclusions)
-        own = sum(len(index.rows_of_image(image_id)) for image_id in image_ids)
+        own = len(index.rows_of_images(set(image_ids)))
         if own:
             say(f"{index.name} holds {own} captions of the evaluated photos; they are not retrieved")
         conditions.append(_Condition(index.name, found, own))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from clipcap_rag import __version__
 from clipcap_rag.artifact import disk_errors, refuse_existing, resumable_directory, write_bytes
-from clipcap_rag.caption_index import CaptionIndex, build_search_structure, plan_search
+from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.encoder import Encoder, stored_clip
 from clipcap_rag.errors import InputError
@@ -29,6 +29,7 @@ from clipcap_rag.index_store import (
     write_index_manifest,
 )
 from clipcap_rag.progress import bar, say, track
+from clipcap_rag.search_structure import build_search_structure, plan_search
 from clipcap_rag.sources import BadLines, CaptionRecord, SourceOptions, read_captions
 
 CHUNK = 16_384  # captions between two points at which a killed build can continue

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clipcap_rag.caption_index import CaptionIndex, build_search_structure, plan_search
+from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_store import SegmentWriter, caption_batch, write_index_manifest
+from clipcap_rag.search_structure import build_search_structure, plan_search
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -76,14 +77,14 @@ def assert_same_search(index: CaptionIndex, vectors, queries, k, live=None) -> N
 @pytest.mark.parametrize("dim", [7, 64])
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_exact_search_equals_brute_force(tmp_path, monkeypatch, dim, k):
-    monkeypatch.setattr("clipcap_rag.caption_index._BLOCK", 300)  # several blocks, the last not full
+    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 300)  # several blocks, the last not full
     vectors = clustered(1000, dim)
     index = CaptionIndex.open(write_index(tmp_path / "boats", [vectors]), device="cpu")
     assert_same_search(index, vectors, unit(np.random.default_rng(1).normal(size=(30, dim))), k)
 
 
 def test_ties_come_in_order_of_rows_even_where_they_cross_k_and_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap_rag.caption_index._BLOCK", 64)
+    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 64)
     generator = np.random.default_rng(2)
     vectors = clustered(25, 16)[generator.integers(0, 25, 1000)]  # each vector about forty times
     index = CaptionIndex.open(write_index(tmp_path / "boats", [vectors]), device="cpu")
@@ -99,7 +100,7 @@ def test_one_vector_repeated_throughout(tmp_path):
 
 
 def test_segments_and_tombstones(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap_rag.caption_index._BLOCK", 50)
+    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 50)
     vectors = clustered(400, 16)
     dead = np.unique(np.random.default_rng(3).integers(0, 400, 150))
     live = np.ones(400, bool)
@@ -160,19 +161,15 @@ def test_what_an_open_index_says_of_itself_and_of_its_rows(tmp_path):
     np.testing.assert_array_equal(index.embeddings([1]), vectors[[1]].astype(np.float16).astype(np.float32))
 
 
-def test_rows_of_an_image_and_of_a_text(tmp_path, monkeypatch):
-    captions = ["A boat!", "the sea", "a  BOAT", "a boat", "two boats"]
+def test_rows_of_images_leaves_out_removed_ones(tmp_path):
+    image_ids = ["p", "q", None, "p", "p"]
     folder = write_index(
-        tmp_path / "boats", [clustered(3, 8), clustered(2, 8)], captions, ["p", "q", None, "p", "p"], tombstones=[4]
+        tmp_path / "boats", [clustered(3, 8), clustered(2, 8)], [f"boat {n}" for n in range(5)], image_ids, tombstones=[4]
     )
     index = CaptionIndex.open(folder, device="cpu")
-    assert index.rows_of_text("a boat").tolist() == [0, 2, 3]
-    assert index.rows_of_text("A boat!").tolist() == []  # the argument is normalised already
-    assert index.rows_of_image("p").tolist() == [0, 3]
-    assert index.rows_of_image("r").tolist() == []
-    monkeypatch.setattr("clipcap_rag.caption_index.hash", lambda value: 1, raising=False)  # all hashes collide
-    colliding = CaptionIndex.open(folder, device="cpu")
-    assert colliding.rows_of_text("the sea").tolist() == [1] and colliding.rows_of_image("q").tolist() == [1]
+    assert index.rows_of_images({"p"}).tolist() == [0, 3]
+    assert index.rows_of_images({"p", "q", "r"}).tolist() == [0, 1, 3]
+    assert index.rows_of_images({"r"}).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,20 @@ def test_a_killed_extraction_continues(world, tmp_path, monkeypatch):
     assert not (tmp_path / "parts.partial").exists()
 
 
+def test_two_photos_with_one_id_are_refused(world, tmp_path):
+    rows = [{"image": "cats/1.jpg", "caption": "a cat"}, {"image": "dogs/1.jpg", "caption": "a dog"}]
+    with pytest.raises(InputError, match="cats/1.jpg and dogs/1.jpg share"):
+        extract_features([write_captions(tmp_path / "c.jsonl", rows)], tmp_path, world.clip, tmp_path / "out")
+
+
+def test_photos_are_found_by_name_where_the_folders_differ(world, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes((world.photos / world.features.images[0]).read_bytes())
+    captions = write_captions(tmp_path / "c.jsonl", [{"image": "train2014/one.jpg", "caption": "a thing"}])
+    features = extract_features([captions], tmp_path, world.clip, tmp_path / "out", workers=0)
+    assert features.images == ["one.jpg"] and not features.errors
+
+
 def test_no_photo_at_all(world, tmp_path):
     captions = write_captions(tmp_path / "c.jsonl", [{"image": "nothing.jpg", "caption": "nothing"}])
     with pytest.raises(InputError, match="none of the 1 photos"):

@@ -107,7 +107,7 @@ def test_captions_ids_and_embeddings_in_the_order_of_the_file(tmp_path, hashing,
     assert (len(index), index.dim, index.name, index.revision) == (93, DIM, "kites", 1)
     record = {"caption": "Kite 92 flies.", "caption_id": "92", "image_id": "photo18", "source": "kites", "meta": {}}
     assert index.files.records([92]) == [record]
-    assert index.rows_of_image("photo1").tolist() == [5, 6, 8, 9]  # the seventh has no image
+    assert index.rows_of_images({"photo1"}).tolist() == [5, 6, 8, 9]  # the seventh has no image
     expected = HashingEncoder().encode_text([f"Kite {i} flies." for i in range(93)]).vectors
     np.testing.assert_array_equal(index.embeddings(range(93)), expected.astype(np.float16).astype(np.float32))
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["kites"]

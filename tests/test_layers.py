@@ -20,12 +20,15 @@ LAYERS = {
     "text_tower": 0.6,
     "image_loader": 0.8,
     "clip_models": 0.9,
+    "caption_formats": 0.8,
     "sources": 1,
     "index_store": 1,
     "encoder": 1,
     "mapper": 1,
     "metrics": 1,
     "loss_plot": 1,
+    "flat_search": 1.2,
+    "search_structure": 1.5,
     "caption_index": 2,
     "features": 2,
     "model": 2,
@@ -49,7 +52,11 @@ LAYERS = {
     "cli": 8,
     "__main__": 9,
 }
-OWNERS = {"open_clip": {"clip_models"}, "faiss": {"caption_index"}, "autofaiss": {"caption_index"}}
+OWNERS = {
+    "open_clip": {"clip_models"},
+    "faiss": {"caption_index", "flat_search", "search_structure"},
+    "autofaiss": {"search_structure"},
+}
 LIGHT = {
     "config": {"torch", "faiss", "numpy", "pyarrow", "transformers"},
     "images": {"torch", "faiss"},
