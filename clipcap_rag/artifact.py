@@ -126,6 +126,8 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
     if not path.is_file():
         partial = staging_path(path.parent)
         hint = f"; {partial} is unfinished, run its command again to complete it" if partial.exists() else ""
+        if not path.parent.exists() and _retired(path.parent).exists():
+            hint = f"; rename {_retired(path.parent)}, its previous version, back"
         raise InputError(f"no {kind} at {path.parent}: {path.name} is missing{hint}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -155,14 +157,23 @@ def commit(staging: Path, out: Path) -> None:
     """Moves a finished directory to its place; what stood there is removed after the new one is there."""
     _sync_tree(staging)
     out.parent.mkdir(parents=True, exist_ok=True)
-    retired = out.with_name(out.name + ".retired")
-    if retired.exists():
-        shutil.rmtree(retired)
+    retired = _retired(out)
     if out.exists():
+        shutil.rmtree(retired, ignore_errors=True)
         os.rename(out, retired)
     os.rename(staging, out)
     _sync(out.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover(out: Path) -> None:
+    """Puts the previous version back where a kill hit between the two renames of `commit`."""
+    if not out.exists() and _retired(out).exists():
+        os.rename(_retired(out), out)
+
+
+def _retired(out: Path) -> Path:
+    return out.with_name(out.name + ".retired")
 
 
 def _sync_tree(folder: Path) -> None:

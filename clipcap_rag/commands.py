@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipcap_rag import index_commands
-from clipcap_rag.config import GenerationConfig, ModelConfig, TrainConfig
+from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
     CLIP_HELP,
@@ -19,6 +19,7 @@ from clipcap_rag.flags import (
     add_out,
     count,
     make_config,
+    positive,
 )
 from clipcap_rag.output import DONE, SOME_FAILED, print_json, status_of
 from clipcap_rag.progress import say
@@ -165,6 +166,46 @@ def _print_result(result: Any, verbose: bool) -> None:
         print(f"    rank {candidate.score:6.3f}  {candidate.caption}  ({detail})")
 
 
+def _evaluate_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    parser.add_argument(
+        "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
+    )
+    text = f"index to caption with; may be repeated (default: the model's own); {INDEX_HELP}"
+    parser.add_argument("--index", action="append", help=text)
+    text = "neighbour captions per photo (default: as the model was trained)"
+    parser.add_argument("--num-neighbors", type=positive, metavar="N", help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and the predictions")
+    add_config(parser, EvaluationConfig, "conditions")
+    add_config(parser, GenerationConfig, "writing", omit=("decoding",))
+    add_json(parser, "print the result as JSON instead of a table")
+    add_compute(parser)
+
+
+def evaluate(given: Namespace) -> int:
+    """Score a captioner on photos with reference captions: with each index, without, with random neighbours."""
+    config, generation = make_config(EvaluationConfig, given), make_config(GenerationConfig, given)
+    from clipcap_rag.evaluation import evaluate as run_evaluation
+    from clipcap_rag.evaluation import table
+
+    result = run_evaluation(
+        given.model,
+        given.features,
+        given.out,
+        indexes=given.index or ["default"],
+        num_neighbors=given.num_neighbors,
+        generation=generation,
+        config=config,
+        device=given.device,
+        dtype=given.dtype,
+    )
+    if given.json:
+        print_json(result)
+    else:
+        print(table(result))
+    return DONE
+
+
 def _doctor_flags(parser: ArgumentParser) -> None:
     add_json(parser, "print one JSON object")
 
@@ -186,5 +227,6 @@ COMMANDS = {
     "extract": Command(_extract_flags, extract),
     "train": Command(_train_flags, train),
     "caption": Command(_caption_flags, caption),
+    "evaluate": Command(_evaluate_flags, evaluate),
     "doctor": Command(_doctor_flags, doctor),
 }

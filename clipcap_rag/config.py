@@ -72,17 +72,6 @@ class ModelConfig(Config):
 
 
 @dataclass(frozen=True)
-class RetrievalConfig(Config):
-    """How many neighbours a caption is written with."""
-
-    num_neighbors: int = option(8, "neighbour captions per image (K); 0 turns retrieval off")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.num_neighbors >= 0, f"num_neighbors is {self.num_neighbors}; it must be 0 or more")
-
-
-@dataclass(frozen=True)
 class GenerationConfig(Config):
     """How candidate captions are written and ordered."""
 
@@ -102,6 +91,10 @@ class GenerationConfig(Config):
         _require(self.candidates >= 1, f"candidates is {self.candidates}; it must be at least 1")
         _require(self.num_beams >= 1, f"num_beams is {self.num_beams}; it must be at least 1")
         _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        _require(
+            self.log_probability_weight >= 0,
+            f"log_probability_weight is {self.log_probability_weight}; it must be 0 or more",
+        )
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
@@ -141,6 +134,9 @@ class TrainConfig(Config):
         for name in ("warmup", "validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling",
                      "random_neighbors"):  # fmt: skip
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        for name in ("seed", "validation_images", "patience", "max_neighbors", "weight_decay", "gradient_clip",
+                     "neighbor_noise", "image_noise"):  # fmt: skip
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("learning_rate", "lm_learning_rate"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(
@@ -164,3 +160,23 @@ class IndexConfig(Config):
         _require(bool(self.index_key), "index_key is empty; use auto, Flat, IVF... or HNSW...")
         _require(self.index_memory >= 0, f"index_memory is {self.index_memory}; it must be 0 or more GB")
         _require(self.index_latency > 0, f"index_latency is {self.index_latency}; it must be above 0 ms")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Config):
+    """What is measured beside each index with each decoding."""
+
+    decodings: str = option("greedy,beam,sample", "decodings to compare, separated by commas")
+    random_neighbors: bool = option(False, "also write with random captions of the first index as neighbours")
+    rerank_sweep: bool = option(False, "also report the sampled candidates under other log-probability weights")
+    images: int = option(0, "evaluate the first so many photos only; 0 takes all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.names():
+            GenerationConfig(decoding=name)
+        _require(self.images >= 0, f"images is {self.images}; it must be 0 or more")
+
+    def names(self) -> list[str]:
+        """The decodings one by one."""
+        return [name.strip() for name in self.decodings.split(",")]

@@ -13,7 +13,7 @@ import numpy as np
 from clipcap_rag.artifact import disk_errors, write_bytes, write_json
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.captioner import Captioner
-from clipcap_rag.config import Config, GenerationConfig, option
+from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.encoder import Embeddings, check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
@@ -24,16 +24,6 @@ from clipcap_rag.retriever import Exclusion, Neighbors, Retriever
 
 _PHOTOS = 64  # captioned between two updates of the progress bar
 SWEEP = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # log-probability weights tried by the rerank sweep
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(Config):
-    """What is measured beside each index with each decoding."""
-
-    decodings: str = option("greedy,beam,sample", "decodings to compare, separated by commas")
-    random_neighbors: bool = option(False, "also write with random captions of the first index as neighbours")
-    rerank_sweep: bool = option(False, "also report the sampled candidates under other log-probability weights")
-    images: int = option(0, "evaluate the first so many photos only; 0 takes all")
 
 
 @dataclass
@@ -91,8 +81,8 @@ def evaluate(
                 rows.append(
                     {"neighbors": condition.name, "decoding": "nearest caption"} | caption_metrics(references, nearest)
                 )
-            for decoding in config.decodings.split(","):
-                settings = dataclasses.replace(generation, decoding=decoding.strip())
+            for decoding in config.names():
+                settings = dataclasses.replace(generation, decoding=decoding)
                 started = time.perf_counter()
                 ranked = _write(captioner, images, condition, digests, settings)
                 seconds = (time.perf_counter() - started) / len(ranked)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clipcap_rag.artifact import new_directory, read_json, refuse_existing, write_bytes, write_json
+from clipcap_rag.artifact import new_directory, read_json, recover, refuse_existing, write_bytes, write_json
 from clipcap_rag.checkpoint import Checkpoint, load_weights, read_checkpoint
 from clipcap_rag.errors import InputError
 from clipcap_rag.model import CaptionModel
@@ -41,6 +41,7 @@ class RunDirectory:
                     f"{self.path} holds an unfinished training with other settings ({'; '.join(different)}); "
                     "use the same ones to continue it, --overwrite to start over, or another --out"
                 )
+            recover(self.path / "last")
             return (self.path / "last").is_dir()
         refuse_existing(self.path, overwrite)
         if self.path.exists():

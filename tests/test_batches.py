@@ -1,4 +1,4 @@
-"""Training batches: every caption once, labels that end and pad rightly, bad retrieval without the photo's own words."""
+"""Training batches: every caption once, labels that end and pad rightly, bad retrieval without own words."""
 
 import numpy as np
 import pytest

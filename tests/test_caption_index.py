@@ -164,7 +164,11 @@ def test_what_an_open_index_says_of_itself_and_of_its_rows(tmp_path):
 def test_rows_of_images_leaves_out_removed_ones(tmp_path):
     image_ids = ["p", "q", None, "p", "p"]
     folder = write_index(
-        tmp_path / "boats", [clustered(3, 8), clustered(2, 8)], [f"boat {n}" for n in range(5)], image_ids, tombstones=[4]
+        tmp_path / "boats",
+        [clustered(3, 8), clustered(2, 8)],
+        [f"boat {n}" for n in range(5)],
+        image_ids,
+        tombstones=[4],
     )
     index = CaptionIndex.open(folder, device="cpu")
     assert index.rows_of_images({"p"}).tolist() == [0, 3]

@@ -20,7 +20,11 @@ def saved(request, tiny_lm, tmp_path):
     torch.manual_seed(0)
     language_model, tokenizer = load_language_model(str(tiny_lm))
     config = ModelConfig(
-        clip_dim=D, lm_dim=language_model.config.n_embd, mapper_layers=1, mapper_heads=2, language_model_tuning=request.param
+        clip_dim=D,
+        lm_dim=language_model.config.n_embd,
+        mapper_layers=1,
+        mapper_heads=2,
+        language_model_tuning=request.param,
     )
     model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id).eval()
     with torch.no_grad():

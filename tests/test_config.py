@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from clipcap_rag.config import GenerationConfig, IndexConfig, ModelConfig, RetrievalConfig, TrainConfig
+from clipcap_rag.config import GenerationConfig, IndexConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 
-CONFIGS = [ModelConfig, RetrievalConfig, GenerationConfig, TrainConfig, IndexConfig]
+CONFIGS = [ModelConfig, GenerationConfig, TrainConfig, IndexConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -55,7 +55,6 @@ def test_every_field_is_documented_and_frozen(config):
         (ModelConfig, {"mapper_dropout": 1.0}, "mapper_dropout is 1.0"),
         (ModelConfig, {"lora_rank": 0}, "lora_rank is 0"),
         (ModelConfig, {"language_model_tuning": "half"}, "frozen, lora, full"),
-        (RetrievalConfig, {"num_neighbors": -1}, "num_neighbors is -1"),
         (GenerationConfig, {"decoding": "best"}, "sample, beam, greedy"),
         (GenerationConfig, {"candidates": 0}, "candidates is 0"),
         (GenerationConfig, {"top_p": 0.0}, "top_p is 0.0"),
@@ -74,6 +73,8 @@ def test_every_field_is_documented_and_frozen(config):
         (TrainConfig, {"max_neighbors": -1}, "max_neighbors is -1"),
         (TrainConfig, {"gradient_clip": -1.0}, "gradient_clip is -1"),
         (TrainConfig, {"patience": -1}, "patience is -1"),
+        (TrainConfig, {"image_noise": -0.1}, "image_noise is -0.1"),
+        (GenerationConfig, {"log_probability_weight": -1}, "log_probability_weight is -1"),
         (TrainConfig, {"neighbor_noise": -0.1}, "neighbor_noise is -0.1"),
         (TrainConfig, {"seed": -1}, "seed is -1"),
         (IndexConfig, {"index_key": ""}, "index_key is empty"),
@@ -90,5 +91,4 @@ def test_edges_are_allowed():
     ModelConfig(mapper="mlp", mapper_heads=7, lm_dim=64)  # an MLP has no heads
     ModelConfig(mapper_heads=8, lm_dim=64)
     GenerationConfig(top_p=1.0, seed=0, candidates=1)
-    RetrievalConfig(num_neighbors=0)
     TrainConfig(max_neighbors=50, neighbor_pool=50, warmup=0.0, patience=0, gradient_clip=0.0)

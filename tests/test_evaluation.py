@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from clipcap_rag.config import GenerationConfig
-from clipcap_rag.evaluation import EvaluationConfig, evaluate, table
+from clipcap_rag.config import EvaluationConfig, GenerationConfig
+from clipcap_rag.evaluation import evaluate, table
 from clipcap_rag.metrics import caption_metrics
 
 

@@ -18,7 +18,9 @@ DIGESTS = [bytes([number]) * 16 for number in range(4)]
 def captioner(tiny_lm):
     torch.manual_seed(3)
     language_model, tokenizer = load_language_model(str(tiny_lm))
-    config = ModelConfig(clip_dim=D, lm_dim=language_model.config.n_embd, prefix_length=P, mapper_layers=1, mapper_heads=2)
+    config = ModelConfig(
+        clip_dim=D, lm_dim=language_model.config.n_embd, prefix_length=P, mapper_layers=1, mapper_heads=2
+    )
     for parameter in language_model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -107,7 +109,9 @@ def test_a_caption_does_not_depend_on_its_batch_mates(captioner, decoding):
 def test_more_candidates_keep_the_first_ones_and_greedy_is_among_them(captioner):
     model, tokenizer, prefix = captioner
     few, many = (
-        write_captions(model, tokenizer, prefix[:1], GenerationConfig(candidates=count, max_new_tokens=8), DIGESTS[:1])[0]
+        write_captions(model, tokenizer, prefix[:1], GenerationConfig(candidates=count, max_new_tokens=8), DIGESTS[:1])[
+            0
+        ]
         for count in (4, 600)
     )
     greedy = write_captions(

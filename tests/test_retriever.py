@@ -47,7 +47,9 @@ entries = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(["p", "q", 
 
 
 @settings(max_examples=150, deadline=None)
-@given(entries, st.integers(0, 12), st.sampled_from(["p", "q", "z"]), st.sets(st.sampled_from(WORDS)), st.integers(0, 99))
+@given(
+    entries, st.integers(0, 12), st.sampled_from(["p", "q", "z"]), st.sets(st.sampled_from(WORDS)), st.integers(0, 99)
+)
 def test_own_words_are_never_retrieved_and_all_allowed_ones_are(rows, k, image_id, own, seed):
     index = FakeIndex([text for text, _ in rows], [photo for _, photo in rows], unit(len(rows), seed))
     found = Retriever([index]).search(unit(1, seed + 1), k, [Exclusion.of(image_id, list(own))])
@@ -66,7 +68,9 @@ def test_own_words_are_never_retrieved_and_all_allowed_ones_are(rows, k, image_i
 def test_many_own_captions_do_not_crowd_out_the_others():
     query = unit(1, 0)
     near = np.repeat(query, 500, axis=0)
-    index = FakeIndex([f"own {n}" for n in range(500)] + ["another"], ["p"] * 500 + ["q"], np.concatenate([near, -query]))
+    index = FakeIndex(
+        [f"own {n}" for n in range(500)] + ["another"], ["p"] * 500 + ["q"], np.concatenate([near, -query])
+    )
     found = Retriever([index]).search(query, 3, [Exclusion.of("p", [])])
     assert found.captions == [["another"]]
 
@@ -90,7 +94,12 @@ def test_indexes_of_different_width_are_refused():
 
 @pytest.mark.parametrize(
     ("argument", "expected"),
-    [("flickr:0.7", ("flickr", 0.7)), ("flickr", ("flickr", 1.0)), ("c:/data", ("c:/data", 1.0)), ("a:b:2", ("a:b", 2.0))],
+    [
+        ("flickr:0.7", ("flickr", 0.7)),
+        ("flickr", ("flickr", 1.0)),
+        ("c:/data", ("c:/data", 1.0)),
+        ("a:b:2", ("a:b", 2.0)),
+    ],
 )
 def test_index_choice(argument, expected):
     assert index_choice(argument) == expected

@@ -16,7 +16,14 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.training import train
 
 SMALL = ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=3, clip_length=2)
-QUICK = {"epochs": 3, "batch_size": 4, "neighbor_pool": 6, "max_neighbors": 3, "validation_fraction": 0.3, "patience": 0}
+QUICK = {
+    "epochs": 3,
+    "batch_size": 4,
+    "neighbor_pool": 6,
+    "max_neighbors": 3,
+    "validation_fraction": 0.3,
+    "patience": 0,
+}
 
 PROGRAM = """
 import sys, time
@@ -29,7 +36,8 @@ def slow(self, batch):
     print("step", self.step, flush=True)
     return step(self, batch)
 training._Run._train_step = slow
-training.train(*sys.argv[1:5], device="cpu", dtype="float32", model_config=ModelConfig(**{model}), train_config=TrainConfig(**{train}))
+configs = {"model_config": ModelConfig(**{model}), "train_config": TrainConfig(**{train})}
+training.train(*sys.argv[1:5], device="cpu", dtype="float32", **configs)
 """
 
 
