@@ -166,7 +166,7 @@ def faiss_finding(gpu_build: bool, gpus: int, installed: set[str], cuda: bool) -
 
 
 def _device_findings() -> Iterator[Finding]:
-    from clipcap_rag.hardware import free_memory, pick_device, pick_dtype
+    from clipcap_rag.hardware import bfloat16_instructions, free_memory, pick_device, pick_dtype
 
     torch = importlib.import_module("torch")
     device = pick_device()
@@ -178,7 +178,7 @@ def _device_findings() -> Iterator[Finding]:
         reason = "the GPU computes in it" if dtype == "bfloat16" else "the GPU has no bfloat16"
     else:
         yield Finding("device", "cpu: torch sees no GPU")
-        reason = "the processor has AMX tiles" if dtype == "bfloat16" else "the processor has no AMX tiles for bfloat16"
+        reason = f"the processor has {bfloat16_instructions() or 'no fast instructions for bfloat16'}"
     yield Finding("dtype", f"{dtype}: {reason}")
     yield Finding("memory", f"{free_memory() / 2**30:.1f} GB free")
     yield Finding("threads", f"{torch.get_num_threads()} by torch, {os.cpu_count()} processors")
