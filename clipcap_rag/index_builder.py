@@ -20,7 +20,6 @@ from clipcap_rag.encoder import Encoder, stored_clip
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_store import (
     EMBEDDINGS,
-    MANIFEST,
     SCHEMA,
     SEARCH,
     SegmentWriter,
@@ -102,8 +101,7 @@ def build_caption_index(
             _join(staging / "chunks", segment, encoder.dim, rows)
         # the segment is whole from here on; what a killed run left of the later steps is made again
         shutil.rmtree(staging / "chunks", ignore_errors=True)
-        for leftover in (segment / SEARCH, staging / f"{MANIFEST}.tmp"):
-            leftover.unlink(missing_ok=True)
+        (segment / SEARCH).unlink(missing_ok=True)
         search = build_search_structure(segment / EMBEDDINGS, config, segment / SEARCH)
         write_index_manifest(
             staging,

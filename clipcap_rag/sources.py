@@ -41,7 +41,8 @@ _PUNCTUATION = _Punctuation()
 
 def normalize_caption(text: str) -> str:
     """Lower case, no punctuation, single spaces: captions that agree in this count as the same sentence."""
-    return " ".join(unicodedata.normalize("NFKC", text).lower().translate(_PUNCTUATION).split())
+    folded = unicodedata.normalize("NFKC", text).lower().translate(_PUNCTUATION)
+    return " ".join(unicodedata.normalize("NFKC", folded).split())  # without a mark between them letters may compose
 
 
 def read_captions(paths: Sequence[str | Path], options: SourceOptions, bad: BadLines) -> Iterator[CaptionRecord]:

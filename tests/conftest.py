@@ -1,15 +1,23 @@
 """Tiny but real parts shared by the tests: a CLIP with random weights, generated photos, invented captions."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: tests never wait for a network
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from safetensors.torch import save_file
+
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 _TINY_CLIP = {
     "embed_dim": 24,
