@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import gc
 import gzip
 import io
 import json
@@ -549,8 +550,10 @@ def test_a_file_that_vanishes(write):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.csv", "a.tsv"])
 def test_large_files_take_little_memory(write, name):
     rows = 8_000
-    line = json_lines({"caption": DOGS * 20, "image": "a.jpg"}) if "jsonl" in name else DOGS * 20 + "\n"
+    line = json_lines({"caption": DOGS * 20}) if "jsonl" in name else DOGS * 20 + "\n"
     path = write(name, ("caption\n" if name[2:] in ("csv", "tsv") else "") + line * rows)
+    next(read_captions([path], SourceOptions(), BadLines()))  # what is imported or cached once is not counted
+    gc.collect()
     tracemalloc.start()
     try:
         assert sum(1 for _ in read_captions([path], SourceOptions(), BadLines())) == rows
