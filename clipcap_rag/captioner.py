@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
@@ -98,7 +99,7 @@ class Captioner:
         """Captions images, one result each, in order.
 
         Args:
-            images: one image or several: paths, PIL images, arrays [height, width, channels] or encoded bytes.
+            images: one image or several: paths, PIL images, arrays [H, W, 3] or [N, H, W, 3], or encoded bytes.
             embeddings: CLIP image embeddings [N, D] instead of images, as they come from the tower.
             index: "default" for the one the model was trained with, None for no retrieval, a name or path, an open
                 `CaptionIndex`, or a list of these, where a string may end in ":WEIGHT".
@@ -128,8 +129,7 @@ class Captioner:
         generation = generation or GenerationConfig()
         retriever, k = self.retriever(index, num_neighbors)
         if images is not None:
-            if isinstance(images, (str, bytes, Path)) or hasattr(images, "size"):
-                images = [images]
+            images = [images] if _is_one(images) else list(images)
             names = [image_name(image, position) for position, image in enumerate(images)]
             batches = ((part.embeddings, part.digests, part.errors) for part in
                        self.encoder.iter_images(images, batch_size, workers))  # fmt: skip
@@ -259,6 +259,10 @@ class Captioner:
             f"the index this model was trained with, {recorded['path']}, is gone; "
             "pass --index NAME|PATH for another, or --no-retrieval"
         )
+
+
+def _is_one(images: Any) -> bool:
+    return isinstance(images, str | bytes | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
 
 
 def _embedding_batches(raw: np.ndarray, size: int) -> Iterator[tuple[Embeddings, list[bytes], list[None]]]:

@@ -82,7 +82,10 @@ def test_every_kind_of_image_gives_the_same_caption(captioner, photos):
 
 def test_one_array_is_one_image(captioner, photos):
     picture = np.asarray(Image.open(photos[0]).convert("RGB"))
-    assert len(captioner.caption(picture, generation=FEW)) == 1
+    (one,) = captioner.caption(picture, generation=FEW)
+    stacked = captioner.caption(np.stack([picture, picture]), generation=FEW)
+    assert [result.caption for result in stacked] == [one.caption] * 2
+    assert captioner.caption((photo for photo in photos), generation=FEW) == captioner.caption(photos, generation=FEW)
 
 
 def test_a_caption_depends_on_its_image_alone(captioner, photos):
