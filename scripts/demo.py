@@ -10,8 +10,8 @@ from pathlib import Path
 from clipcap_rag.cli import main
 
 OUT = Path("runs/demo")
-PHOTOS, SHOWN = 1000, 6  # photos to train on, unseen photos to caption
-SMALL = ("--epochs", "2", "--mapper-layers", "2")  # minutes on two cores instead of an hour
+PHOTOS, SHOWN = 1500, 6  # photos to train on, unseen photos to caption
+SMALL = {"--epochs": 2, "--mapper-layers": 2, "--batch-size": 20, "--learning-rate": 1e-3, "--lm-learning-rate": 5e-4}
 NEEDED = {
     "flickr8k/captions_train.jsonl": 'one {"image": "name.jpg", "image_id": "name", "captions": ["...", ...]} per line',
     "flickr8k/captions_dev.jsonl": "the same for photos that are not trained on",
@@ -22,7 +22,7 @@ NEEDED = {
 }
 
 
-def run(*arguments: str | Path, done: bool = False) -> None:
+def run(*arguments: str | Path | float, done: bool = False) -> None:
     """Shows a command and runs it, unless an earlier demo has done it; ends the demo where it fails."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ clipcap-rag {shlex.join(words)}", flush=True)
@@ -51,7 +51,7 @@ def demo(data: Path) -> None:
     run("extract", *source, "--out", features, done=features.exists())
     start = ("--features", features, "--index", own, "--language-model", data / "bench_gpt2")
     trained = (model / "run.json").exists() and json.loads((model / "run.json").read_text())["finished"]
-    run("train", *start, "--out", model, *SMALL, done=trained)
+    run("train", *start, "--out", model, *itertools.chain(*SMALL.items()), done=trained)
     for choice in ((), ("--no-retrieval",), ("--index", other)):
         run("caption", *unseen, "--model", model, *choice)
     print(f"\nEverything is in {OUT}; remove it to start over. With --verbose the neighbours are shown too.")
