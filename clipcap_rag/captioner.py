@@ -37,7 +37,9 @@ class CaptionResult:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The object that `clipcap-rag caption --json` prints for this image."""
+        candidates = [candidate.to_json() for candidate in self.candidates]
+        return dataclasses.asdict(self) | {"candidates": candidates}
 
 
 class Captioner:

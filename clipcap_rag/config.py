@@ -82,7 +82,7 @@ class GenerationConfig(Config):
     num_beams: int = option(5, "beams of beam search, ordered by mean log-probability")
     max_new_tokens: int = option(40, "longest caption, in language-model tokens")
     log_probability_weight: float = option(
-        1.0, "weight of a candidate's log-probability (nats) beside logit_scale x CLIP similarity in the rerank score"
+        15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 

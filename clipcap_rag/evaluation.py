@@ -19,11 +19,11 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.metrics import caption_metrics, recall_at, require_metrics
 from clipcap_rag.progress import bar, say
-from clipcap_rag.rerank import Candidate
+from clipcap_rag.rerank import Candidate, reweighted
 from clipcap_rag.retriever import Exclusion, Neighbors, Retriever
 
 _PHOTOS = 64  # captioned between two updates of the progress bar
-SWEEP = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # log-probability weights tried by the rerank sweep
+SWEEP = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)  # log-probability weights tried
 
 
 @dataclass
@@ -86,7 +86,7 @@ def evaluate(
                 started = time.perf_counter()
                 ranked = _write(captioner, images, condition, digests, settings)
                 seconds = (time.perf_counter() - started) / len(ranked)
-                captions = [candidates[0].caption if candidates else "" for candidates in ranked]
+                captions = [_best(candidates) for candidates in ranked]
                 rows.append(
                     {"neighbors": condition.name, "decoding": decoding}
                     | caption_metrics(references, captions)
@@ -160,6 +160,10 @@ def _write(
     return ranked
 
 
+def _best(candidates: list[Candidate]) -> str:
+    return candidates[0].caption if candidates else ""
+
+
 def _write_predictions(
     out: Path, condition: _Condition, decoding: str, names: list[str], ranked: list[list[Candidate]]
 ) -> None:
@@ -168,7 +172,7 @@ def _write_predictions(
             {
                 "image": name,
                 "caption": candidates[0].caption if candidates else None,
-                "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
+                "candidates": [candidate.to_json() for candidate in candidates],
                 "neighbors": [dataclasses.asdict(neighbor) for neighbor in neighbors],
             },
             ensure_ascii=False,
@@ -185,13 +189,7 @@ def _sweep(
     """The same candidates in the order of other log-probability weights."""
     rows = []
     for weight in SWEEP:
-        captions = [
-            max(
-                candidates,
-                key=lambda candidate: candidate.clip_similarity + weight * candidate.log_probability / logit_scale,
-            ).caption
-            for candidates in ranked
-        ]
+        captions = [_best(reweighted(candidates, logit_scale, weight)) for candidates in ranked]
         rows.append(
             {"neighbors": name, "decoding": f"sample, weight {weight:g}"} | caption_metrics(references, captions)
         )

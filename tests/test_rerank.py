@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipcap_rag.generation import Written
-from clipcap_rag.rerank import by_likelihood, by_similarity, distinct
+from clipcap_rag.rerank import by_likelihood, by_similarity, distinct, reweighted
 
 WRITTEN = [
     Written("a red kite", (1, 2, 9), -3.0),
@@ -25,10 +25,12 @@ def test_similarity_alone_and_with_likelihood():
     alone = by_similarity(kept, similarities, 100.0, 0.0)
     assert [candidate.caption for candidate in alone] == ["a blue kite", "a red kite"]
     assert alone[0].score == pytest.approx(0.32)
-    weighed = by_similarity(kept, similarities, 100.0, 1.0)
+    weighed = by_similarity(kept, similarities, 100.0, 5.0)
     assert [candidate.caption for candidate in weighed] == ["a red kite", "a blue kite"]
-    assert weighed[0].score == pytest.approx(0.30 - 2.0 / 100)
+    assert weighed[0].score == pytest.approx(0.30 - 5 * 1.0 / 100)
+    assert weighed[1].score == pytest.approx(0.32 - 5 * 1.5 / 100)
     assert weighed[0].clip_similarity == pytest.approx(0.30)
+    assert reweighted(alone, 100.0, 5.0) == weighed
 
 
 def test_likelihood_order_is_the_mean_per_token():
