@@ -210,7 +210,8 @@ def test_traceback_on_request(fail, monkeypatch):
 
 def test_interrupt_from_outside():
     code = (
-        "import time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell hands on that it is ignored
         "from clipcap_rag import cli, commands\n"
         "def run(given):\n"
         "    print('started', flush=True)\n"

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import faiss
 import numpy as np
 import pytest
+import torch
 
 from clipcap_rag import index_builder
 from clipcap_rag.caption_index import CaptionIndex
@@ -136,6 +138,8 @@ def test_a_search_structure_is_built_on_demand(tmp_path, hashing, source):
 
 
 def killed_build(source: Path, out: Path, config: IndexConfig, die_in: str | None) -> None:
+    faiss.omp_set_num_threads(1)  # OpenMP's threads do not survive the fork
+    torch.set_num_threads(1)
     if die_in:
         setattr(index_builder, die_in, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
     build_caption_index([source], "hashing", out, index_config=config)
