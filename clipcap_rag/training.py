@@ -239,13 +239,16 @@ class _Run:
                 self.step += 1
                 progress.set_postfix_str(f"loss {np.mean(self.losses[-100:]):.3f}", refresh=False)
                 progress.update(1)
-                at_boundary = self.step % self.config.accumulate == 0
-                if at_boundary and (stop["now"] or time.monotonic() - saved > _SAVE_SECONDS):
+                if self._complete(self.step) and (stop["now"] or time.monotonic() - saved > _SAVE_SECONDS):
                     self._save()
                     saved = time.monotonic()
                     if stop["now"]:
                         say(f"saved {self.directory.path} at step {self.step}; run the same command to continue")
                         raise KeyboardInterrupt
+
+    def _complete(self, step: int) -> bool:
+        """Whether no gradients are pending after `step` batches; the last batches of an epoch may be fewer."""
+        return step % len(self.batches) % self.config.accumulate == 0
 
     def _train_step(self, batch: Any) -> float:
         config = self.config
@@ -253,7 +256,7 @@ class _Run:
             total, count = self.model.loss(batch.tokens, *batch.inputs)
         loss = total / count
         (loss / config.accumulate).backward()
-        if (self.step + 1) % config.accumulate == 0 or self.step + 1 == self.steps:
+        if self._complete(self.step + 1):
             set_learning_rate(self.optimizer, config, self.step, self.steps)
             if config.gradient_clip:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)

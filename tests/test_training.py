@@ -1,5 +1,6 @@
 """Training: interrupted and killed runs end where an uninterrupted one ends; contradictions are refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from clipcap_rag.checkpoint import read_checkpoint
@@ -154,6 +156,32 @@ def test_training_without_retrieval(world, tiny_lm, tmp_path, mapper):
         train_config=TrainConfig(epochs=1, batch_size=8, validation_fraction=0.3),
     )
     assert read_checkpoint(out / "best").index is None
+
+
+def test_training_with_lora_moves_the_language_model_and_stores_only_that(world, tiny_lm, tmp_path):
+    out = train(
+        world.features.path,
+        world.index.path,
+        str(tiny_lm),
+        tmp_path / "run",
+        model_config=dataclasses.replace(SMALL, language_model_tuning="lora", lora_rank=2),
+        train_config=TrainConfig(**(QUICK | {"epochs": 1, "accumulate": 2, "schedule": "linear"})),
+        device="cpu",
+        dtype="float32",
+    )
+    stored = load_file(out / "best" / "model.safetensors")
+    assert any(tensor.any() for name, tensor in stored.items() if "lora_B" in name)  # they start at zero
+    assert not any("wte" in name or "c_attn.base_layer" in name for name in stored)
+    assert read_checkpoint(out / "best").config.lora_rank == 2
+
+
+def test_accumulation_takes_one_step_for_several_batches(world, tiny_lm, tmp_path, monkeypatch):
+    taken = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: (taken.append(1), step(self, *rest))[1])
+    out = run(world, tiny_lm, tmp_path / "run", {"epochs": 1, "accumulate": 2})
+    batches = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert len(taken) == -(-batches // 2)
 
 
 def test_early_stopping(world, tiny_lm, tmp_path):
