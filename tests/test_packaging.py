@@ -97,9 +97,7 @@ def test_the_installed_doctor_checks_its_requirements(installed, tmp_path):
 
 def test_the_public_names_import_from_another_folder(installed, tmp_path):
     code = (
-        "from clipcap_rag.captioner import Captioner\n"
-        "from clipcap_rag.caption_index import CaptionIndex\n"
-        "from clipcap_rag.index_builder import build_caption_index\n"
+        "from clipcap_rag import CaptionIndex, Captioner, build_caption_index\n"
         "print(Captioner.from_pretrained, CaptionIndex.open, build_caption_index)"
     )
     assert "from_pretrained" in run(installed / "python", "-c", code, cwd=tmp_path)
