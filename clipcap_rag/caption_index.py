@@ -11,7 +11,8 @@ import torch
 from clipcap_rag.errors import InputError
 from clipcap_rag.flat_search import BLOCK, faiss_reason, fetch_size, flat_search, widened
 from clipcap_rag.hardware import pick_device
-from clipcap_rag.index_store import SEARCH, IndexFiles, open_files, resolve_index
+from clipcap_rag.index_names import resolve_index
+from clipcap_rag.index_store import SEARCH, IndexFiles, open_files
 from clipcap_rag.progress import say
 
 _ROUNDING = 1e-5  # more than float32 sums of unit vectors differ by between kernels

@@ -11,7 +11,8 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from clipcap_rag.errors import InputError
-from clipcap_rag.index_store import MANIFEST, index_homes, open_files
+from clipcap_rag.index_names import index_homes
+from clipcap_rag.index_store import MANIFEST, open_files
 
 _MODULES = {"open_clip_torch": "open_clip", "pillow": "PIL", "faiss-gpu": "faiss", "faiss-cpu": "faiss"}
 _INDEX_VARIABLE = "CLIPCAP_RAG_INDEX_DIR"

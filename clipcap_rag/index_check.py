@@ -7,7 +7,8 @@ import numpy as np
 
 from clipcap_rag.encoder import Encoder, check_encoder
 from clipcap_rag.errors import InputError
-from clipcap_rag.index_store import IndexFiles, open_files, resolve_index
+from clipcap_rag.index_names import resolve_index
+from clipcap_rag.index_store import IndexFiles, open_files
 
 _BLOCK = 65536  # rows read at a time
 _LENGTH_TOLERANCE = 0.01  # float16 components of a unit vector are off by less

@@ -57,7 +57,8 @@ def info_flags(parser: ArgumentParser) -> None:
 
 def info(given: Namespace) -> int:
     """Show what an index holds and what made it."""
-    from clipcap_rag.index_store import open_files, resolve_index
+    from clipcap_rag.index_names import resolve_index
+    from clipcap_rag.index_store import open_files
 
     files = open_files(resolve_index(given.index))
     manifest = files.manifest

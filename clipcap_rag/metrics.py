@@ -21,7 +21,8 @@ _TOKEN = re.compile(
 def tokenize(caption: str) -> str:
     """Lower-case words joined by spaces, without punctuation, as coco-caption's Penn Treebank tokenizer gives them.
 
-    Brackets become -lrb- and -rrb- and stay, as they do there. On 15,000 real captions the two agree on 99.9 %.
+    Brackets become -lrb- and -rrb- and stay, as they do there. A test on real captions asks that the two agree on
+    99.9 % of them.
     """
     tokens = _TOKEN.findall(html.unescape(caption).lower())
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _PUNCTUATION)

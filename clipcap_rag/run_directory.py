@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 
-from clipcap_rag.artifact import new_directory, read_json, recover, refuse_existing, write_bytes, write_json
-from clipcap_rag.checkpoint import Checkpoint, load_weights, read_checkpoint
+from clipcap_rag.artifact import (
+    new_directory,
+    read_json,
+    read_manifest,
+    recover,
+    refuse_existing,
+    write_bytes,
+    write_json,
+)
+from clipcap_rag.checkpoint import KIND, VERSION, Checkpoint, load_weights
 from clipcap_rag.errors import InputError
 from clipcap_rag.model import CaptionModel
 
@@ -31,10 +39,10 @@ class RunDirectory:
         Raises:
             InputError: a finished run or another job's stands there and `overwrite` is false.
         """
+        refuse_finished(self.path, overwrite)
         if (self.path / _JOB).is_file() and not overwrite:
             job = read_json(self.path / _JOB, "training run")
-            if job.pop("finished", True):
-                refuse_existing(self.path, overwrite)
+            del job["finished"]
             different = _differences(job, self.job)
             if different:
                 raise InputError(
@@ -43,7 +51,6 @@ class RunDirectory:
                 )
             recover(self.path / "last")
             return (self.path / "last").is_dir()
-        refuse_existing(self.path, overwrite)
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -67,9 +74,15 @@ class RunDirectory:
     def restore(self, model: CaptionModel) -> dict[str, Any]:
         """Loads the last weights into `model` and returns the state that was saved with them."""
         last = self.path / "last"
-        read_checkpoint(last)
+        read_manifest(last, "config.json", KIND, VERSION)
         load_weights(model, last / "model.safetensors")
         return torch.load(last / _STATE, map_location="cpu", weights_only=True)
+
+
+def refuse_finished(path: Path, overwrite: bool) -> None:
+    """Raises InputError unless `path` is free, holds an unfinished run, or may be replaced."""
+    if overwrite or not (path / _JOB).is_file() or read_json(path / _JOB, "training run").get("finished", True):
+        refuse_existing(path, overwrite)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

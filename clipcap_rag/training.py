@@ -25,7 +25,7 @@ from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, t
 from clipcap_rag.optimizer import make_optimizer, set_learning_rate
 from clipcap_rag.progress import bar, say
 from clipcap_rag.retriever import stored_neighbors
-from clipcap_rag.run_directory import RunDirectory, stop_signals
+from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
 from clipcap_rag.validation import validate
 
 _SAVE_SECONDS = 300  # longest time whose work a kill can cost
@@ -60,6 +60,7 @@ def train(
         InputError: contradictory or unusable input.
     """
     out = Path(out)
+    refuse_finished(out, overwrite)
     run = _Run(
         FeatureSet.open(features),
         None if index is None else CaptionIndex.open(index, device="cpu"),

@@ -134,7 +134,7 @@ def test_beams_are_ordered_by_mean_log_probability(captioner, photos):
     (result,) = captioner.caption(
         photos[0], generation=GenerationConfig(decoding="beam", num_beams=3, max_new_tokens=8)
     )
-    assert 1 <= len(result.candidates) <= 3
+    assert len(result.candidates) in (1, 2, 3)
     scores = [candidate.score for candidate in result.candidates]
     assert scores == sorted(scores, reverse=True) and max(scores) < 0
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 
 from clipcap_rag.errors import InputError
+from clipcap_rag.index_names import resolve_index
 from clipcap_rag.index_store import (
     SegmentWriter,
     caption_batch,
     index_lock,
     open_files,
-    resolve_index,
     write_index_manifest,
 )
 

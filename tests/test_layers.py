@@ -23,6 +23,7 @@ LAYERS = {
     "caption_formats": 0.8,
     "sources": 1,
     "index_store": 1,
+    "index_names": 1.1,
     "encoder": 1,
     "mapper": 1,
     "metrics": 1,

@@ -1,5 +1,10 @@
 """Metrics: known values and orderings."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -38,3 +43,16 @@ def test_recall_counts_the_best_own_caption():
     texts = np.array([[1, 0, 0], [0, 0.2, 0.9], [0.5, 0.6, 0.5], [0, 0.9, 0.1], [0.9, 0.1, 0]], np.float32)
     owner = [0, 2, 1, 0, 2]  # the second image's only caption is beaten by one other
     assert recall_at(images, texts, owner, (1, 2)) == {"R@1": pytest.approx(2 / 3), "R@2": 1.0}
+
+
+@pytest.mark.photos
+@pytest.mark.skipif("CLIPCAP_RAG_DATA" not in os.environ, reason="CLIPCAP_RAG_DATA does not name the captions")
+@pytest.mark.skipif(shutil.which("java") is None, reason="coco-caption's tokenizer needs Java")
+def test_tokenizer_agrees_with_the_one_in_java():
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    lines = (Path(os.environ["CLIPCAP_RAG_DATA"]) / "flickr8k/captions_dev.jsonl").read_text().splitlines()
+    captions = [caption for line in lines for caption in json.loads(line)["captions"]]
+    expected = PTBTokenizer().tokenize({row: [{"caption": caption}] for row, caption in enumerate(captions)})
+    equal = [tokenize(caption) == expected[row][0] for row, caption in enumerate(captions)]
+    assert np.mean(equal) >= 0.999

@@ -1,0 +1,45 @@
+"""Where caption indexes are found: by path, or by name in the places that are searched for it."""
+
+import os
+from pathlib import Path
+
+from clipcap_rag.artifact import staging_path
+from clipcap_rag.errors import InputError
+from clipcap_rag.index_store import MANIFEST
+
+
+def resolve_index(name_or_path: str | Path) -> Path:
+    """The directory of an index: a path, or a bare name looked up in the places of `index_homes`.
+
+    Raises:
+        InputError: nothing is there; the sentence lists the names that are known.
+    """
+    path = Path(name_or_path).expanduser()
+    if (path / MANIFEST).is_file():
+        return path
+    bare = len(path.parts) == 1 and path.name not in ("", "..")
+    for home in index_homes() if bare else ():
+        if (home / path / MANIFEST).is_file():
+            return home / path
+    if path.name and staging_path(path).exists():
+        raise InputError(f"caption index {path} is unfinished; run the command that began it again to complete it")
+    if path.exists():
+        raise InputError(
+            f"{path} is not a caption index: it has no {MANIFEST}; give the folder that `index build` wrote"
+        )
+    known = sorted({file.parent.name for home in index_homes() for file in home.glob(f"*/{MANIFEST}")})
+    names = f"known names are {', '.join(known)}" if known else "none is known by name"
+    raise InputError(
+        f"there is no caption index {str(name_or_path)!r}; {names}; give a name, or the path of an index folder"
+    )
+
+
+def index_homes() -> list[Path]:
+    """Where bare names are looked up: $CLIPCAP_RAG_INDEX_DIR, ./index, then the indexes that come with the package."""
+    package = Path(__file__).parent
+    given = os.environ.get("CLIPCAP_RAG_INDEX_DIR")
+    homes = [Path(given).expanduser()] if given else []
+    homes += [Path("index"), package / "indexes"]
+    if (package.parent / "pyproject.toml").is_file():  # a source checkout keeps the shipped indexes at its top
+        homes.append(package.parent / "index")
+    return homes
