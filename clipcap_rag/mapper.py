@@ -125,10 +125,13 @@ class TransformerMapper(nn.Module):
         neighbor_mask: Tensor | None = None,
     ) -> Tensor:
         """image_embedding [B, D] -> prefix [B, P, E]; neighbours are not looked at."""
-        B, P = len(image_embedding), self.prefix_length
-        image_tokens = self.linear(image_embedding).view(B, self.clip_length, -1)  # [B, C, E]
-        constants = self.prefix_const.expand(B, -1, -1)  # [B, P, E]
-        return self.transformer(torch.cat([image_tokens, constants], dim=1))[:, -P:]  # [B, P, E]
+        image_tokens, constants = self.own_tokens(image_embedding)
+        return self.transformer(torch.cat([image_tokens, constants], dim=1))[:, -self.prefix_length :]  # [B, P, E]
+
+    def own_tokens(self, image_embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """image_embedding [B, D] -> the image's tokens [B, C, E] and the constants [B, P, E]."""
+        B = len(image_embedding)
+        return self.linear(image_embedding).view(B, self.clip_length, -1), self.prefix_const.expand(B, -1, -1)
 
 
 class RetrievalMapper(TransformerMapper):
@@ -195,10 +198,9 @@ class RetrievalMapper(TransformerMapper):
         if neighbor_embeddings is None or neighbor_embeddings.shape[1] == 0:
             return super().forward(image_embedding)
         B, P, C = len(image_embedding), self.prefix_length, self.clip_length
-        image_tokens = self.linear(image_embedding).view(B, C, -1)  # [B, C, E]
+        image_tokens, constants = self.own_tokens(image_embedding)  # [B, C, E], [B, P, E]
         neighbors = self.neighbor_tokens(neighbor_embeddings, neighbor_scores)  # [B, K, E]
         neighbors = neighbors.masked_fill(~neighbor_mask[..., None], 0.0)
-        constants = self.prefix_const.expand(B, -1, -1)  # [B, P, E]
         present = neighbor_mask.new_ones(B, C + P)
         key_mask = torch.cat([present[:, :C], neighbor_mask, present[:, C:]], dim=1)  # [B, C+K+P]
         return self.transformer(torch.cat([image_tokens, neighbors, constants], dim=1), key_mask)[:, -P:]  # [B, P, E]
