@@ -14,6 +14,7 @@ from clipcap_rag.hardware import pick_device
 from clipcap_rag.index_names import resolve_index
 from clipcap_rag.index_store import SEARCH, IndexFiles, open_files
 from clipcap_rag.progress import say
+from clipcap_rag.shipped import mending
 
 _ROUNDING = 1e-5  # more than float32 sums of unit vectors differ by between kernels
 _GPU_LARGEST_K = 2048  # limit of FAISS on a GPU
@@ -51,7 +52,9 @@ class CaptionIndex:
         Raises:
             InputError: there is no such index, a file of it is missing or altered, or there is no such GPU.
         """
-        return cls(open_files(resolve_index(name_or_path)), device)
+        path = resolve_index(name_or_path)
+        with mending(path):
+            return cls(open_files(path), device)
 
     def __len__(self) -> int:
         """Rows that can be found, removed ones not counted."""

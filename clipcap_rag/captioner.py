@@ -22,6 +22,7 @@ from clipcap_rag.images import image_name
 from clipcap_rag.progress import say
 from clipcap_rag.rerank import Candidate, by_likelihood, by_similarity, distinct
 from clipcap_rag.retriever import Neighbor, Neighbors, Retriever, index_choice
+from clipcap_rag.shipped import STARTER, mending, starter_checkpoint
 
 IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | None
 
@@ -65,20 +66,25 @@ class Captioner:
     def from_pretrained(
         cls, path: str | Path, device: str = "auto", dtype: str = "auto", index_device: str = "auto"
     ) -> "Captioner":
-        """Opens a checkpoint, or the best one of a training run.
+        """Opens a checkpoint, the best one of a training run, or "starter", the captioner that comes with the package.
 
         Raises:
             InputError: there is none at `path`, or it is altered, incomplete or of another version.
         """
+        options = {"device": device, "dtype": dtype, "index_device": index_device}
+        if path == STARTER:
+            with mending(starter_checkpoint()):
+                return cls(read_checkpoint(starter_checkpoint()), **options)
         folder = Path(path)
         if not folder.is_dir():
-            raise InputError(f"no model at {folder}; give --model the folder that `clipcap-rag train` wrote")
+            raise InputError(
+                f"no model at {folder}; give --model the folder that `clipcap-rag train` wrote, or starter"
+            )
         if (folder / "run.json").is_file():
             folder = folder / "best"
             if not folder.is_dir():
                 raise InputError(f"{path} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
-        checkpoint = read_checkpoint(folder)
-        return cls(checkpoint, device=device, dtype=dtype, index_device=index_device, base=folder)
+        return cls(read_checkpoint(folder), base=folder, **options)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -255,7 +261,7 @@ class Captioner:
         recorded = self.checkpoint.index
         if recorded is None:
             return None
-        if Path(recorded["path"]).is_dir():
+        if recorded["path"] == STARTER or Path(recorded["path"]).is_dir():
             return recorded["path"]
         raise InputError(
             f"the index this model was trained with, {recorded['path']}, is gone; "

@@ -46,12 +46,18 @@ class Checkpoint:
     num_neighbors: int = 0
     training: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Fills the empty directory `folder`; weights that were not tuned stay where they came from."""
-        state = {name: tensor.contiguous().cpu() for name, tensor in learned_state(self.model).items()}
+    def write(self, folder: Path, dtype: torch.dtype = torch.float32, card: str | None = None) -> None:
+        """Fills the directory `folder`; weights that were not tuned stay where they came from.
+
+        Args:
+            folder: what lies in it already becomes part of the checkpoint.
+            dtype: number format of the stored weights; they are read as float32 again.
+            card: text of README.md instead of the usual one.
+        """
+        state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in learned_state(self.model).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(self._card(), encoding="utf-8")
+        (folder / "README.md").write_text(card or self._card(), encoding="utf-8")
         fields = {
             "model": self.config.to_json(),
             "encoder": self.encoder,

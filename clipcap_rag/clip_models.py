@@ -14,6 +14,7 @@ import torch
 
 from clipcap_rag.errors import InputError
 from clipcap_rag.image_loader import Preprocess
+from clipcap_rag.shipped import STARTER, mending, starter_checkpoint, starter_clip
 
 # open_clip is imported where it is used: that takes seconds, and comparing two records needs none of it.
 
@@ -23,6 +24,8 @@ _CONFIG, _WEIGHTS = "open_clip_config.json", ("*.safetensors", "*.bin", "*.pth")
 
 def parse_clip(clip: str, base: Path | None = None) -> tuple[str, str | None]:
     """Splits NAME, NAME:TAG, local-dir:PATH, the path of a folder or hf-hub:ORG/NAME into what open_clip calls them.
+
+    `starter`, the model that comes with the package, stays what it is.
 
     Weights that were trained with QuickGELU get the variant of the architecture that computes it (`ViT-B-32:openai` is
     `ViT-B-32-quickgelu:openai`): open_clip itself only warns and gives wrong embeddings. NAME alone takes the openai
@@ -38,14 +41,16 @@ def parse_clip(clip: str, base: Path | None = None) -> tuple[str, str | None]:
     Raises:
         InputError: the string names no model or no weights; the message lists what there is.
     """
-    import open_clip
-
+    if clip == STARTER:
+        return STARTER, None
     if clip.startswith(_LOCAL):
         return _LOCAL + str(_model_folder(clip.removeprefix(_LOCAL), base)), None
     if clip.startswith(_HUB):
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", clip.removeprefix(_HUB)):
             raise InputError(f"{clip!r} names no model of the hub; write hf-hub:ORG/NAME")
         return clip, None
+    import open_clip
+
     name, colon, tag = clip.partition(":")
     models = open_clip.list_models()
     if name.replace("/", "-") in models:
@@ -57,8 +62,8 @@ def parse_clip(clip: str, base: Path | None = None) -> tuple[str, str | None]:
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=4)]
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise InputError(
-        f"{clip!r} is neither a model of open_clip nor a folder; {hint}Write NAME, NAME:TAG, local-dir:PATH or "
-        "hf-hub:ORG/NAME"
+        f"{clip!r} is neither a model of open_clip nor a folder; {hint}Write starter, NAME, NAME:TAG, "
+        "local-dir:PATH or hf-hub:ORG/NAME"
     )
 
 
@@ -125,6 +130,9 @@ def open_model(
     """
     import open_clip
 
+    if name == STARTER:
+        with mending(starter_checkpoint()):
+            return open_model(*parse_clip(f"{_LOCAL}{starter_clip()}"))
     try:
         config = open_clip.get_model_config(name)
         _refuse_code(config, name)

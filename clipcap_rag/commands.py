@@ -23,6 +23,7 @@ from clipcap_rag.flags import (
 )
 from clipcap_rag.output import DONE, SOME_FAILED, print_json, status_of
 from clipcap_rag.progress import say
+from clipcap_rag.shipped import STARTER
 from clipcap_rag.sources import SourceOptions
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -111,7 +112,8 @@ def train(given: Namespace) -> int:
 
 def _caption_flags(parser: ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="photos, folders of photos, or globs")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    text = "a training run or checkpoint (default: starter, the one that comes with the package)"
+    parser.add_argument("--model", default=STARTER, metavar="DIR", help=text)
     retrieval = parser.add_argument_group("retrieval")
     text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
     retrieval.add_argument("--index", action="append", help=text)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from clipcap_rag import shipped
 from clipcap_rag.artifact import staging_path
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_store import MANIFEST
@@ -21,6 +22,8 @@ def resolve_index(name_or_path: str | Path) -> Path:
     for home in index_homes() if bare else ():
         if (home / path / MANIFEST).is_file():
             return home / path
+    if str(path) == shipped.STARTER:
+        raise shipped.damaged("its caption index is missing")
     if path.name and staging_path(path).exists():
         raise InputError(f"caption index {path} is unfinished; run the command that began it again to complete it")
     if path.exists():
@@ -36,10 +39,6 @@ def resolve_index(name_or_path: str | Path) -> Path:
 
 def index_homes() -> list[Path]:
     """Where bare names are looked up: $CLIPCAP_RAG_INDEX_DIR, ./index, then the indexes that come with the package."""
-    package = Path(__file__).parent
     given = os.environ.get("CLIPCAP_RAG_INDEX_DIR")
     homes = [Path(given).expanduser()] if given else []
-    homes += [Path("index"), package / "indexes"]
-    if (package.parent / "pyproject.toml").is_file():  # a source checkout keeps the shipped indexes at its top
-        homes.append(package.parent / "index")
-    return homes
+    return [*homes, Path("index"), *shipped.index_homes()]

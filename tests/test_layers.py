@@ -12,6 +12,7 @@ LAYERS = {
     "progress": 0.2,
     "artifact": 0.3,
     "config": 0.3,
+    "shipped": 0.4,
     "hardware": 0.5,
     "output": 0.5,
     "lines": 0.5,

@@ -9,6 +9,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 import clipcap_rag
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("clipcap_rag", "pyproject.toml", "README.md", "LICENSE", "index", "scripts")
+SHIPPED = ("clipcap_rag", "pyproject.toml", "README.md", "LICENSE", "index/README.md", "index/starter")
 
 
 def start(*command: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -41,8 +42,9 @@ def wheel(tmp_path_factory) -> Path:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.is_file():
-            shutil.copy(source, folder)
+        else:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(source, folder / name)
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
     run(sys.executable, "-c", build, folder / "dist", cwd=folder)
     (made,) = (folder / "dist").glob("*.whl")
@@ -77,6 +79,26 @@ def test_every_module_is_in_the_wheel(wheel):
         licences = [name for name in archive.namelist() if name.endswith("LICENSE")]
     assert packed == {f"clipcap_rag/{path.name}" for path in (ROOT / "clipcap_rag").glob("*.py")}
     assert licences
+
+
+def test_the_starter_is_in_the_wheel_and_no_other_index(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    shipped = {"clipcap_rag/models/starter": ROOT / "clipcap_rag/models/starter"}
+    shipped["clipcap_rag/indexes/starter"] = ROOT / "index/starter"
+    for inside, folder in shipped.items():
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert files and files == {name[len(inside) + 1 :] for name in names if name.startswith(inside + "/")}
+    assert {name.split("/")[2] for name in names if name.startswith("clipcap_rag/indexes/")} == {"starter"}
+
+
+def test_the_installed_starter_captions_from_another_folder(installed, tmp_path):
+    photo = Path(find_spec("matplotlib").origin).parent / "mpl-data/sample_data/grace_hopper.jpg"
+    (result,) = map(json.loads, run(installed / "clipcap-rag", "caption", photo, "--json", cwd=tmp_path).splitlines())
+    assert result["error"] is None and result["caption"]
+    assert {neighbor["index"] for neighbor in result["neighbors"]} == {"starter"}
+    off = run(installed / "clipcap-rag", "caption", photo, "--no-retrieval", "--json", cwd=tmp_path)
+    assert json.loads(off)["neighbors"] == []
 
 
 def test_it_runs_from_another_folder(installed, tmp_path):
