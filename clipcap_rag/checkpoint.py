@@ -56,6 +56,7 @@ class Checkpoint:
         """
         state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in learned_state(self.model).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read it
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card or self._card(), encoding="utf-8")
         fields = {

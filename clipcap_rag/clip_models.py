@@ -161,6 +161,14 @@ def open_model(
         ) from error
 
 
+def random_model(name: str) -> tuple[int, torch.nn.Module, Callable[[list[str]], torch.Tensor], Preprocess]:
+    """What `open_model` gives, with random weights: for measuring speed where the real ones cannot be fetched."""
+    import open_clip
+
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    return open_clip.get_model_config(name)["embed_dim"], model, open_clip.get_tokenizer(name), preprocess
+
+
 def _refuse_code(config: dict[str, Any], name: str) -> None:
     """Model files are data: settings that would let a tokenizer or tower run code that came with it are refused."""
     if "trust_remote_code" in json.dumps(config):

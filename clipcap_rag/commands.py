@@ -208,6 +208,32 @@ def evaluate(given: Namespace) -> int:
     return DONE
 
 
+def _bench_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for bench.json and bench.png")
+    text = "part of it: encoding, writing, searching, learning or whole; may be repeated (default: all)"
+    parser.add_argument("--group", action="append", default=[], metavar="NAME", help=text)
+    text = "small sizes, to see that everything runs; the ratios then mean nothing"
+    parser.add_argument("--quick", action="store_true", help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_json(parser, "print one JSON object per comparison instead of a table")
+
+
+def bench(given: Namespace) -> int:
+    """Measure speed side by side with the slow way of doing the same, at real sizes with random weights."""
+    from clipcap_rag.bench import bench as run_bench
+    from clipcap_rag.bench_protocol import line
+
+    results, failures = run_bench(given.out, groups=given.group, quick=given.quick, device=given.device)
+    for result in results:
+        if given.json:
+            print_json(result.to_json())
+        else:
+            print(line(result))
+    for name, reason in failures.items():
+        say(f"error: {name}: {reason}")
+    return SOME_FAILED if failures else DONE
+
+
 def _doctor_flags(parser: ArgumentParser) -> None:
     add_json(parser, "print one JSON object")
 
@@ -230,5 +256,6 @@ COMMANDS = {
     "train": Command(_train_flags, train),
     "caption": Command(_caption_flags, caption),
     "evaluate": Command(_evaluate_flags, evaluate),
+    "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

@@ -72,6 +72,7 @@ class Encoder:
         logit_scale: factor between a cosine and the model's logit.
         context_length: most tokens of a text that it reads; longer texts are cut as open_clip does.
         preprocess: RGB picture -> pixels [3, H, W] float32.
+        model, tokenizer: open_clip's own.
     """
 
     def __init__(
@@ -87,14 +88,15 @@ class Encoder:
         self.clip, self.dim, self.device, self.dtype, self.preprocess = clip, dim, device, dtype, preprocess
         self.logit_scale = model.logit_scale.exp().item()
         self.context_length: int = tokenizer.context_length
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         tower = model.visual
         self._pixel_dtype = torch.float32 if dtype is torch.bfloat16 and _is_delicate(tower) else dtype
         model.visual = torch.nn.Identity()  # taken out, because what was rounded once stays rounded
         model.to(device=device, dtype=dtype)
-        model.visual = tower.to(device=device, dtype=self._pixel_dtype)
-        self._model = model.eval().requires_grad_(False)
-        self._text_tower = TextTower(self._model)
+        # convolutions on a CPU are nearly twice as fast when the channels of a pixel lie side by side
+        model.visual = tower.to(device=device, dtype=self._pixel_dtype, memory_format=torch.channels_last)
+        self.model = model.eval().requires_grad_(False)
+        self._text_tower = TextTower(self.model)
 
     @classmethod
     def load(cls, clip: str, device: str = "auto", dtype: str = "auto", base: Path | None = None) -> "Encoder":
@@ -134,7 +136,7 @@ class Encoder:
         raw = np.zeros((len(texts), self.dim), np.float32)
         if not len(texts):
             return _normalized(raw)
-        tokens = torch.cat([self._tokenizer(list(texts[start : start + batch_size])).int()
+        tokens = torch.cat([self.tokenizer(list(texts[start : start + batch_size])).int()
                             for start in range(0, len(texts), batch_size)])  # fmt: skip
         lengths = self._text_tower.lengths(tokens)
         order = lengths.argsort(descending=True, stable=True)  # the longest first: a lack of memory shows at once
@@ -153,7 +155,8 @@ class Encoder:
     def encode_pixels(self, pixels: torch.Tensor) -> Embeddings:
         """Embeds preprocessed images [B, 3, H, W]."""
         with torch.inference_mode(), _enough_memory(len(pixels)):
-            raw = self._model.encode_image(pixels.to(self.device, self._pixel_dtype), normalize=False)
+            pixels = pixels.to(self.device, self._pixel_dtype, memory_format=torch.channels_last)
+            raw = self.model.encode_image(pixels, normalize=False)
         return _normalized(raw.float().cpu().numpy())
 
     def iter_images(

@@ -126,7 +126,7 @@ def _decode(
     alive = torch.arange(S, device=device)
     for step in range(steps):
         log_probs = logits.log_softmax(-1)  # [alive, V]
-        chosen = _choose(logits, random[alive, step], config)
+        chosen = choose(logits, random[alive, step], config)
         tokens[alive, step] = chosen
         log_probability[alive] += log_probs.gather(1, chosen[:, None])[:, 0]
         going = chosen != model.end_token
@@ -142,7 +142,7 @@ def _decode(
     ]
 
 
-def _choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
+def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
     """The next token [S]: the likeliest where `random` is NaN, else drawn from the nucleus by inverse distribution."""
     likeliest = logits.argmax(-1)
     if random.isnan().all():

@@ -9,7 +9,7 @@ from clipcap_rag import Captioner, CaptionResult
 
 PHOTOS = {
     "matplotlib": ("mpl-data/sample_data/grace_hopper.jpg",),
-    "gradio": tuple(f"media_assets/images/{name}" for name in ("cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg")),
+    "gradio": tuple(f"media_assets/images/{name}" for name in ("cheetah1.jpg", "lion.jpg", "tower.jpg")),
 }
 SHOWN = 4  # neighbours of each photo
 

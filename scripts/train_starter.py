@@ -53,7 +53,9 @@ def stages(data: Path, work: Path, device: str, workers: int) -> dict[str, Calla
         "language_model": lambda: language_model.train(
             everything, work / "tokens", work / "language_model", LM_EPOCHS, chosen
         ),
-        "index": lambda: build_caption_index([captions], clip, work / "index", device=device),
+        "phrases": lambda: phrases.write(work / "phrases"),
+        "flickr8k": lambda: build_caption_index([captions], clip, work / "flickr8k", device=device),
+        "index": lambda: build_caption_index([work / "phrases" / phrases.FILE], clip, work / "index", device=device),
         "features": lambda: extract_features([captions], photos, clip, work / "features", device=device),
         "dev": lambda: extract_features([dev], photos, clip, work / "dev", device=device),
         "captioner": lambda: train(
@@ -61,10 +63,9 @@ def stages(data: Path, work: Path, device: str, workers: int) -> dict[str, Calla
             model_config=MODEL, train_config=TRAINING, device=device,
         ),
         "release": lambda: release.release(work, ROOT),
-        "phrases": lambda: phrases.write(work / "phrases"),
         "starter_index": lambda: release.release_index(work, ROOT),
         "evaluation": lambda: evaluate(
-            "starter", work / "dev", work / "evaluation", indexes=("starter", str(work / "index")), device=device
+            "starter", work / "dev", work / "evaluation", indexes=("starter", str(work / "flickr8k")), device=device
         ),
         "card": lambda: card.write(work, ROOT),
     }  # fmt: skip

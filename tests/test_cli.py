@@ -29,6 +29,7 @@ MINIMAL = {
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
+    "bench": ["--out", "o"],
     "doctor": [],
 }
 MADE_FROM = [
@@ -438,7 +439,9 @@ def test_a_full_disk_is_one_sentence(job, capsys, monkeypatch, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("script", ["build_caption_index", "caption", "evaluate", "extract_features", "train"])
+@pytest.mark.parametrize(
+    "script", ["benchmark", "build_caption_index", "caption", "evaluate", "extract_features", "train"]
+)
 def test_scripts_are_thin_callers(script):
     path = Path(__file__).parents[1] / "scripts" / f"{script}.py"
     assert len(path.read_text().splitlines()) <= 15

@@ -132,7 +132,7 @@ def test_a_hugging_face_tower_runs_whole(tmp_path):
 
 def test_batches_are_cut_to_their_longest_text(encoder):
     lengths = []
-    watch = encoder._model.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    watch = encoder.model.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     encoder.encode_text(["a dog", "a dog " * 40, "a cat", "a dog and a cat"], batch_size=2)
     watch.remove()
     assert lengths == [encoder.context_length, 4]  # start, two words, end

@@ -49,6 +49,15 @@ LAYERS = {
     "captioner": 5,
     "evaluation": 6,
     "doctor": 6,
+    "bench_protocol": 5,
+    "bench_report": 5.1,
+    "bench_subjects": 5,
+    "bench_encoding": 5.5,
+    "bench_writing": 5.5,
+    "bench_searching": 5.5,
+    "bench_learning": 5.5,
+    "bench_whole": 6,
+    "bench": 6.5,
     "index_commands": 7,
     "commands": 7.5,
     "cli": 8,
@@ -56,7 +65,7 @@ LAYERS = {
 }
 OWNERS = {
     "open_clip": {"clip_models"},
-    "faiss": {"caption_index", "flat_search", "search_structure"},
+    "faiss": {"bench_searching", "caption_index", "flat_search", "search_structure"},
     "autofaiss": {"search_structure"},
 }
 LIGHT = {

@@ -27,7 +27,7 @@ def photo(package: str, file: str) -> Path:
 
 @pytest.fixture(scope="module")
 def photos() -> list[Path]:
-    names = ("cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg")
+    names = ("cheetah1.jpg", "lion.jpg", "tower.jpg")
     return [
         photo("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
         *(photo("gradio", f"media_assets/images/{name}") for name in names),

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from starter.release import INDEX, MODEL, release
 
 _DECODINGS = {"nearest caption": "nearest caption", "greedy": "greedy", "beam": "beam 5", "sample": "16 reranked"}
-_NEIGHBORS = {"starter": "starter index", "index": "Flickr8k training captions", "none": "none (retrieval off)"}
+_NEIGHBORS = {"starter": "starter index", "flickr8k": "Flickr8k training captions", "none": "none (retrieval off)"}
 
 
 def write(work: Path, root: Path) -> None:

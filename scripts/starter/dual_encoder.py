@@ -69,6 +69,7 @@ def train(work: Path, captions: Path, stores: list[Path], out: Path, rounds: int
     train_rounds(folder, {"model": model, "optimizer": trainer.optimizer}, rounds, trainer.round)
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (folder / "open_clip_model.safetensors").chmod(0o644)  # safetensors lets nobody else read it
     config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     tokens.copy(work / "tokens", "clip", folder)

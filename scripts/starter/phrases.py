@@ -1,14 +1,13 @@
 """Stage `phrases`: the captions of index/starter, composed from words.toml by a small grammar.
 
-Each kind of subject is composed in every way that makes sense, and a fixed random part of each is taken, so that people
-and dogs do not drown the rest.
+Of each kind of subject a fixed random part of what makes sense is taken, so that people and dogs do not drown the rest.
 """
 
 import random
 import re
 import tomllib
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice, product
 from pathlib import Path
 
 from clipcap_rag.artifact import new_directory
@@ -32,6 +31,7 @@ _SEVERAL = {
     }.items()
     for thing in things
 }
+_ENDLESS = ("adult", "child")
 _ALONE = re.compile(
     r"piano|haircut|helmet|on the lap|high chair|stroller\b|on the shoulders|with a walking stick|in a chair|"
     r"on a phone|telescope|a taxi|tire swing|from a tree branch|talking to|teddy|pipe|golf cart|doorway|"
@@ -53,44 +53,51 @@ def write(out: Path) -> None:
 def phrases(seed: int = 0) -> list[str]:
     """The captions, all different, in a fixed order."""
     chosen: dict[str, None] = {}
-    for kind, made in _kinds().items():
-        whole = sorted(set(made))
-        random.Random(f"{seed} {kind}").shuffle(whole)
-        chosen.update(dict.fromkeys(whole[: SHARES[kind]]))
+    for kind, made in _kinds(seed).items():
+        if kind not in _ENDLESS:
+            made = sorted(set(made))
+            random.Random(f"{seed} {kind}").shuffle(made)
+        chosen |= dict.fromkeys(islice(_unlike(made, chosen), SHARES[kind]))
     return list(chosen)
 
 
-def _kinds() -> dict[str, Iterator[str]]:
-    anyone, adults, children = (
-        _table(text) for text in (_WORDS["anyone_does"], _WORDS["adults_do"], _WORDS["children_do"])
-    )
+def _unlike(made: Iterable[str], chosen: Container[str]) -> Iterator[str]:
+    """Each of `made` once, without those that are chosen."""
+    seen = set()
+    for phrase in made:
+        if phrase not in seen and phrase not in chosen:
+            seen.add(phrase)
+            yield phrase
+
+
+def _kinds(seed: int) -> dict[str, Iterator[str]]:
+    anyone, adults, children = (_table(_WORDS[name]) for name in ("anyone_does", "adults_do", "children_do"))
     return {
-        "adult": _people(_list(_WORDS["adults"]), _merged(anyone, adults), _list(_WORDS["wearing"])),
+        "adult": _people(_list(_WORDS["adults"]), _merged(anyone, adults), _list(_WORDS["wearing"]), seed),
         "adults": _groups(_list(_WORDS["adult_groups"]), _merged(anyone, adults)),
-        "child": _people(_list(_WORDS["children"]), _merged(anyone, children), _list(_WORDS["child_wearing"])),
+        "child": _people(_list(_WORDS["children"]), _merged(anyone, children), _list(_WORDS["child_wearing"]), seed),
         "children": _groups(_list(_WORDS["child_groups"]), _merged(anyone, children)),
         "dog": _dogs(),
         "dogs": _groups(_list(_WORDS["dog_groups"]), _table(_WORDS["dogs_do"])),
         "animal": _animals(),
         "animals": _animal_groups(),
         "vehicle": _vehicles(),
-        "food": (
-            _sentence(a, b, c) for a, b in _pairs(_WORDS["foods"]) for c in _list(_WORDS["food_places"], empty=True)
-        ),
+        "food": _foods(),
         "object": _objects(),
         "place": (_sentence(a, b) for a, b in _pairs(_WORDS["places"])),
         "sky": (_sentence(a, b, article=False) for a, b in _pairs(_WORDS["weather"])),
     }
 
 
-def _people(who: list[str], table: dict[str, list[str]], wearing: list[str]) -> Iterator[str]:
-    for subject, (action, places) in product(who, table.items()):
-        for place, verb in product(places, ("is ", "")):
-            doing = f"{action} {place}"
-            for clothes in _clothes(doing, wearing) if subject.count(" ") < 2 else [""]:
-                if "dress" in clothes and "boy" in subject:
-                    continue
-                yield _sentence(subject, clothes, verb + doing)
+def _people(who: list[str], table: dict[str, list[str]], wearing: list[str], seed: int) -> Iterator[str]:
+    """Endlessly, every action as often as it has places: what one can wear would outnumber what one can do."""
+    draw = random.Random(f"{seed} {who[0]}")
+    doings = [f"{action} {place}" for action, places in table.items() for place in places]
+    while True:
+        subject, doing, verb = draw.choice(who), draw.choice(doings), draw.choice(("is ", ""))
+        clothes = draw.choice(_clothes(doing, wearing)) if subject.count(" ") < 2 else ""
+        if "dress" not in clothes or "boy" not in subject:
+            yield _sentence(subject, clothes, verb + doing)
 
 
 def _clothes(doing: str, wearing: list[str]) -> list[str]:
