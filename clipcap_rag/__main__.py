@@ -1,8 +1,6 @@
-"""`python -m clipcap_rag` is the command `clipcap-rag`."""
+"""`python -m clipcap_rag` is `clipcap-rag`."""
 
-import sys
-
-from clipcap_rag.cli import main
+from clipcap_rag.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,4 +1,4 @@
-"""The comparison of training steps: ours against ClipCap's recipe (Mokady et al. 2021, its train.py)."""
+"""The comparison of training steps: ours against the recipe of ClipCap (arXiv 2111.09734, its train.py)."""
 
 from collections.abc import Callable, Iterator
 

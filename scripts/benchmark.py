@@ -2,7 +2,7 @@
 
 import sys
 
-from clipcap_rag.cli import main
+from clipcap_rag.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    run(["bench", *sys.argv[1:]])
