@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from clipcap_rag.bench_protocol import Comparison, Disagreement
-from clipcap_rag.bench_subjects import Subjects
+from clipcap_rag.bench_subjects import Subjects, with_amx
 from clipcap_rag.encoder import Encoder
 
 _BATCH = 32
@@ -20,14 +20,14 @@ def comparisons(subjects: Subjects) -> Iterator[Comparison]:
     size = f"{len(captions)} captions, {words:.1f} words in the mean"
     whole = "open_clip's encode_text over the whole context, float32"
     yield _text("captions, float32", size, subjects.float32, subjects.float32, captions, whole, 6.0)
-    yield _text("captions, bfloat16", size, subjects.bfloat16, subjects.float32, captions, whole, 12.0)
+    yield _text("captions, bfloat16", size, subjects.bfloat16, subjects.float32, captions, whole, with_amx(12.0))
     candidates = subjects.captions(subjects.sizes.candidates)
     size = f"{len(candidates)} captions of one photo"
     yield _text("rerank candidates", size, subjects.bfloat16, subjects.float32, candidates, whole, 6.0)
     pixels = torch.stack([subjects.float32.preprocess(Image.open(file)) for file in subjects.photos[:_BATCH]])
     yield _tower("image tower, float32", subjects.float32, subjects.float32, pixels, 0.95)
-    yield _tower("image tower, bfloat16", subjects.bfloat16, subjects.float32, pixels, 6.0)
-    yield _files("JPEG files, bfloat16", subjects, subjects.bfloat16, 4.0)
+    yield _tower("image tower, bfloat16", subjects.bfloat16, subjects.float32, pixels, with_amx(6.0))
+    yield _files("JPEG files, bfloat16", subjects, subjects.bfloat16, with_amx(4.0))
 
 
 def same(a: np.ndarray, b: np.ndarray, exact: bool) -> str:
@@ -53,7 +53,7 @@ def _plain_text(encoder: Encoder, texts: list[str]) -> np.ndarray:
 
 
 def _text(
-    name: str, size: str, encoder: Encoder, plain: Encoder, texts: list[str], slow: str, target: float
+    name: str, size: str, encoder: Encoder, plain: Encoder, texts: list[str], slow: str, target: float | None
 ) -> Comparison:
     exact = encoder.dtype is torch.float32
     return Comparison(
@@ -69,7 +69,7 @@ def _plain_tower(encoder: Encoder, pixels: torch.Tensor) -> np.ndarray:
         return encoder.model.encode_image(pixels.to(encoder.device), normalize=True).float().cpu().numpy()
 
 
-def _tower(name: str, encoder: Encoder, plain: Encoder, pixels: torch.Tensor, target: float) -> Comparison:
+def _tower(name: str, encoder: Encoder, plain: Encoder, pixels: torch.Tensor, target: float | None) -> Comparison:
     exact = encoder.dtype is torch.float32
     return Comparison(
         name, f"{len(pixels)} images", f"our encoder, {_format(encoder)}", "open_clip's tower, float32", target,
@@ -79,7 +79,7 @@ def _tower(name: str, encoder: Encoder, plain: Encoder, pixels: torch.Tensor, ta
     )  # fmt: skip
 
 
-def _files(name: str, subjects: Subjects, encoder: Encoder, target: float) -> Comparison:
+def _files(name: str, subjects: Subjects, encoder: Encoder, target: float | None) -> Comparison:
     files, plain = subjects.photos, subjects.float32
 
     def one_by_one() -> np.ndarray:

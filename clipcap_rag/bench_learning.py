@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from clipcap_rag.bench_protocol import Comparison, Disagreement
-from clipcap_rag.bench_subjects import PREFIX, Subjects
+from clipcap_rag.bench_subjects import PREFIX, Subjects, with_amx
 from clipcap_rag.model import IGNORED, CaptionModel
 
 _PADDED = 40  # tokens to which ClipCap pads every caption
@@ -15,10 +15,10 @@ _PADDED = 40  # tokens to which ClipCap pads every caption
 def comparisons(subjects: Subjects) -> Iterator[Comparison]:
     """In float32 and in bfloat16, both against float32."""
     yield _steps("training step, float32", subjects, torch.float32, 2.0)
-    yield _steps("training step, bfloat16", subjects, torch.bfloat16, 4.0)
+    yield _steps("training step, bfloat16", subjects, torch.bfloat16, with_amx(4.0))
 
 
-def _steps(name: str, subjects: Subjects, dtype: torch.dtype, target: float) -> Comparison:
+def _steps(name: str, subjects: Subjects, dtype: torch.dtype, target: float | None) -> Comparison:
     sizes, device = subjects.sizes, subjects.device
     random = torch.Generator().manual_seed(4)
     lengths = [min(_PADDED, len(caption.split()) + 3) for caption in subjects.captions(sizes.batch)]

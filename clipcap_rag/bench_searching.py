@@ -14,7 +14,9 @@ import numpy as np
 from clipcap_rag.bench_protocol import Comparison, Disagreement
 from clipcap_rag.bench_subjects import Subjects
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.index_store import SegmentWriter, caption_batch, write_index_manifest
+from clipcap_rag.config import IndexConfig
+from clipcap_rag.index_store import EMBEDDINGS, SEARCH, SegmentWriter, caption_batch, write_index_manifest
+from clipcap_rag.search_structure import build_search_structure
 
 _DIM, _K, _QUERIES, _CHUNK = 512, 8, 64, 50_000
 _NOISE = 0.3  # length of the noise that is added to an embedding of length 1
@@ -29,8 +31,13 @@ def perturbed(seeds: np.ndarray, count: int, start: int = 0) -> np.ndarray:
     return moved / np.linalg.norm(moved, axis=1, keepdims=True)
 
 
-def write_index(folder: Path, seeds: np.ndarray, rows: int, encoder: dict[str, Any]) -> None:
-    """A caption index of perturbed rows that says `encoder` made them; the captions are numbers."""
+def write_index(folder: Path, seeds: np.ndarray, rows: int, encoder: dict[str, Any], key: str = "Flat") -> None:
+    """A caption index of perturbed rows that says `encoder` made them; the captions are numbers.
+
+    Args:
+        seeds: real embeddings [n, D] of unit length.
+        key: how it is searched: Flat or a FAISS factory key.
+    """
     segment = folder / "segments" / "000001"
     with SegmentWriter(segment, seeds.shape[1]) as writer:
         for start in range(0, rows, _CHUNK):
@@ -41,7 +48,8 @@ def write_index(folder: Path, seeds: np.ndarray, rows: int, encoder: dict[str, A
                  "meta": [{}] * count}
             )  # fmt: skip
             writer.append(batch, perturbed(seeds, count, start))
-    segments = [{"name": "000001", "rows": rows, "search": None}]
+    search = build_search_structure(segment / EMBEDDINGS, IndexConfig(index_key=key), segment / SEARCH)
+    segments = [{"name": "000001", "rows": rows, "search": search}]
     write_index_manifest(folder, revision=1, encoder=encoder, segments=segments, provenance={}, licence=None)
 
 

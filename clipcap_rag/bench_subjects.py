@@ -21,6 +21,7 @@ from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.clip_models import random_model
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.encoder import Encoder
+from clipcap_rag.hardware import bfloat16_instructions
 from clipcap_rag.model import CaptionModel, build_mapper, tune
 from clipcap_rag.shipped import STARTER
 
@@ -63,6 +64,11 @@ QUICK = Sizes(
     lm=(("n_layer", 2), ("n_embd", 128), ("n_head", 2), ("vocab_size", 2048)),
     captions=32, photos=8, rows=20_000, candidates=16, beam_images=4, batch=8, tokens=8, sample=1,
 )  # fmt: skip
+
+
+def with_amx(target: float) -> float | None:
+    """A promise that holds for processors with AMX tiles only; None on others."""
+    return target if bfloat16_instructions() == "AMX tiles" else None
 
 
 class Subjects:

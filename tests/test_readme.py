@@ -95,7 +95,7 @@ def script_command(script: Path) -> list[str]:
     """The words that a thin script puts before its own arguments."""
     assert script.is_file(), f"{script} is not there"
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "main" and node.args:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run" and node.args:
             return [part.value for part in node.args[0].elts if isinstance(part, ast.Constant)]
     raise AssertionError(f"{script} calls no command")
 
