@@ -50,7 +50,7 @@ class Sizes:
     clip: str = "ViT-B-32"
     lm: tuple[tuple[str, int], ...] = ()
     captions: int = 512
-    photos: int = 96
+    photos: int = 64
     rows: int = 1_000_000
     candidates: int = 64
     beam_images: int = 32

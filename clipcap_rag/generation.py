@@ -49,7 +49,7 @@ def write_captions(
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
         part = prefix[start : start + images]
-        cache, logits = _prefill(model, part)
+        cache, logits = prefill(model, part)
         if config.decoding == "beam":
             decoded = _beam(model, cache, logits, config.num_beams, steps)
         else:
@@ -64,7 +64,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, end: int, tokens: list[int], log_p
     return Written(" ".join(text.split()), tuple(tokens), log_probability)
 
 
-def _prefill(model: CaptionModel, prefix: Tensor) -> tuple[DynamicCache, Tensor]:
+def prefill(model: CaptionModel, prefix: Tensor) -> tuple[DynamicCache, Tensor]:
     """Runs the prefix once: its keys and values, and the logits [B, V] of the first token."""
     output = model.language_model(inputs_embeds=prefix.to(model.language_model.dtype), use_cache=True, logits_to_keep=1)
     logits = output.logits[:, -1].float()
@@ -72,7 +72,7 @@ def _prefill(model: CaptionModel, prefix: Tensor) -> tuple[DynamicCache, Tensor]
     return output.past_key_values, logits
 
 
-def _step(model: CaptionModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
+def next_logits(model: CaptionModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
     """Feeds one token [S] to each sequence; returns the logits [S, V] of the next."""
     return model.language_model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
 
@@ -135,7 +135,7 @@ def _decode(
             break
         if not going.all():
             cache, alive, chosen = _rows(cache, going.nonzero()[:, 0]), alive[going], chosen[going]
-        logits = _step(model, cache, chosen)
+        logits = next_logits(model, cache, chosen)
     return [
         (row[:length], total)
         for row, length, total in zip(tokens.tolist(), lengths.tolist(), log_probability.tolist(), strict=True)
@@ -190,7 +190,7 @@ def _beam(
             cache = _rows(cache, (keep[:, None] * width + torch.arange(width, device=device)).flatten())
             images, tokens, totals = images[keep], tokens[keep], totals[keep]
             lengths, stopped = lengths[keep], stopped[keep]
-        log_probs = _step(model, cache, tokens[..., -1].flatten()).log_softmax(-1).view(-1, width, V)
+        log_probs = next_logits(model, cache, tokens[..., -1].flatten()).log_softmax(-1).view(-1, width, V)
         log_probs = log_probs.masked_fill(stopped[..., None], -torch.inf)
         log_probs[..., model.end_token].masked_fill_(stopped, 0.0)
         sums = totals[..., None] + log_probs  # [B, M, V]
