@@ -86,8 +86,10 @@ def run(name: str, make: Callable[[], object], work: Path) -> None:
 
 
 def _done(folder: Path) -> bool:
-    run_file = folder / "run.json"
-    return folder.is_dir() and (not run_file.is_file() or json.loads(run_file.read_text())["finished"])
+    """Whether a stage left all it should; training and evaluation fill their folders bit by bit."""
+    if folder.name == "captioner":
+        return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["finished"]
+    return (folder / "results.json").is_file() if folder.name == "evaluation" else folder.is_dir()
 
 
 def main() -> None:
