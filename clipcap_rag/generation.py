@@ -13,7 +13,8 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.model import CaptionModel
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
-_NUCLEUS = 256  # tokens looked at first when the nucleus is cut out of the vocabulary
+_NUCLEUS = 256  # tokens looked at first on a CPU when the nucleus is cut out of the vocabulary
+_LOOK_EVERY = 8  # steps between two looks, on a GPU, at what is finished: each look makes the host wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -117,38 +118,46 @@ def _sample(
 def _decode(
     model: CaptionModel, cache: DynamicCache, logits: Tensor, random: Tensor, config: GenerationConfig
 ) -> list[tuple[list[int], float]]:
-    """Writes S sequences from their first logits [S, V]; a finished sequence leaves the batch."""
+    """Writes S sequences from their first logits [S, V]; a finished sequence leaves the batch when it is looked at."""
     S, steps = random.shape
-    device = logits.device
-    tokens = torch.full((S, steps), model.end_token, device=device)
+    device, end = logits.device, model.end_token
+    tokens = torch.full((S, steps), end, device=device)
     log_probability = torch.zeros(S, device=device)
-    lengths = torch.full((S,), steps, device=device)
     alive = torch.arange(S, device=device)
+    finished = torch.zeros(S, dtype=torch.bool, device=device)  # of those alive
     for step in range(steps):
-        log_probs = logits.log_softmax(-1)  # [alive, V]
-        chosen = choose(logits, random[alive, step], config)
+        chosen = choose(logits, random[alive, step], config).masked_fill(finished, end)
         tokens[alive, step] = chosen
-        log_probability[alive] += log_probs.gather(1, chosen[:, None])[:, 0]
-        going = chosen != model.end_token
-        lengths[alive[~going]] = step + 1
-        if step + 1 == steps or not going.any():
+        gained = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        log_probability[alive] += gained.masked_fill(finished, 0.0)
+        finished = finished | (chosen == end)
+        if step + 1 == steps:
             break
-        if not going.all():
-            cache, alive, chosen = _rows(cache, going.nonzero()[:, 0]), alive[going], chosen[going]
+        if _looks(step + 1, device):
+            if finished.all():
+                break
+            if finished.any():
+                kept = (~finished).nonzero()[:, 0]
+                cache, alive, chosen, finished = _rows(cache, kept), alive[kept], chosen[kept], finished[kept]
         logits = next_logits(model, cache, chosen)
     return [
-        (row[:length], total)
-        for row, length, total in zip(tokens.tolist(), lengths.tolist(), log_probability.tolist(), strict=True)
+        (row[: row.index(end) + 1] if end in row else row, total)
+        for row, total in zip(tokens.tolist(), log_probability.tolist(), strict=True)
     ]
+
+
+def _looks(step: int, device: torch.device) -> bool:
+    return device.type == "cpu" or step % _LOOK_EVERY == 0
 
 
 def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
     """The next token [S]: the likeliest where `random` is NaN, else drawn from the nucleus by inverse distribution."""
     likeliest = logits.argmax(-1)
-    if random.isnan().all():
+    if config.decoding == "greedy":
         return likeliest
+    on_cpu = logits.device.type == "cpu"
     probabilities = (logits / config.temperature).softmax(-1)
-    size = min(_NUCLEUS, probabilities.shape[1])
+    size = min(_NUCLEUS, probabilities.shape[1]) if on_cpu else probabilities.shape[1]
     top, ids = probabilities.topk(size)  # [S, size], best first
     while size < probabilities.shape[1] and top.sum(-1).min() < config.top_p:
         size = min(4 * size, probabilities.shape[1])
@@ -176,16 +185,17 @@ def _beam(
     finished: list[list[tuple[list[int], float]]] = [[] for _ in range(B)]
     for step in range(1, steps + 1):
         done = stopped.all(-1) if step < steps else torch.ones_like(stopped[:, 0])
-        for place in done.nonzero()[:, 0].tolist():
+        looking = step == steps or _looks(step, device)
+        for place in done.nonzero()[:, 0].tolist() if looking else ():
             finished[images[place]] = [
                 (row[: int(length)], total)
                 for row, length, total in zip(
                     tokens[place].tolist(), lengths[place].tolist(), totals[place].tolist(), strict=True
                 )
             ]
-        if done.all():
+        if looking and done.all():
             break
-        if done.any():
+        if looking and done.any():
             keep = (~done).nonzero()[:, 0]
             cache = _rows(cache, (keep[:, None] * width + torch.arange(width, device=device)).flatten())
             images, tokens, totals = images[keep], tokens[keep], totals[keep]

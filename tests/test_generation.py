@@ -1,11 +1,13 @@
 """Generation: one prefill serves all candidates, beams follow the rule, a caption does not know its batch mates."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from clipcap_rag import generation
 from clipcap_rag.config import GenerationConfig, ModelConfig
 from clipcap_rag.generation import uniforms, write_captions
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
@@ -104,6 +106,25 @@ def test_a_caption_does_not_depend_on_its_batch_mates(captioner, decoding):
     for image in range(len(prefix)):
         alone = write_captions(model, tokenizer, prefix[image : image + 1], config, DIGESTS[image : image + 1])[0]
         assert [candidate.tokens for candidate in alone] == [candidate.tokens for candidate in together[image]]
+
+
+def _often_written(model, tokenizer, prefix, config):
+    written = write_captions(model, tokenizer, prefix, config, DIGESTS)
+    return Counter(token for found in written for one in found for token in set(one.tokens[3:])).most_common(1)[0][0]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "beam"])
+def test_looking_rarely_at_what_is_finished_changes_nothing(captioner, decoding, monkeypatch):
+    model, tokenizer, prefix = captioner
+    config = GenerationConfig(decoding=decoding, candidates=6, num_beams=4, max_new_tokens=30, temperature=1.3)
+    model = CaptionModel(model.mapper, model.language_model, end_token=_often_written(model, tokenizer, prefix, config))
+    each_step = write_captions(model, tokenizer, prefix, config, DIGESTS)
+    assert len({len(candidate.tokens) for candidates in each_step for candidate in candidates}) > 1
+    monkeypatch.setattr(generation, "_looks", lambda step, device: step % 7 == 0)
+    for expected, found in zip(each_step, write_captions(model, tokenizer, prefix, config, DIGESTS), strict=True):
+        assert [candidate.tokens for candidate in found] == [candidate.tokens for candidate in expected]
+        for a, b in zip(found, expected, strict=True):
+            assert a.log_probability == pytest.approx(b.log_probability, abs=1e-4)
 
 
 def test_more_candidates_keep_the_first_ones_and_greedy_is_among_them(captioner):
