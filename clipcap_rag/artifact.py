@@ -25,11 +25,16 @@ def staging_path(out: Path) -> Path:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises InputError if `out` exists and may not be replaced, or its parent cannot hold it."""
+    """Raises InputError if the folder `out` exists and may not be replaced, or its parent cannot hold it."""
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; pass --overwrite to replace it or choose another --out")
     if out.exists() and not _is_ours(out):
         raise InputError(f"{out} was not made by clipcap-rag, so it is not replaced; choose another --out or remove it")
+    refuse_unwritable(out)
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Raises InputError if the folder that is to hold `out` cannot be written, or made."""
     ancestor = next(parent for parent in out.absolute().parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise InputError(f"cannot write {out}: {ancestor} is not a writable folder; choose another --out")

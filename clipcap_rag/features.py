@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -188,23 +189,37 @@ def _join(photos: list[_Photo], staging: Path, encoder: Encoder, bad: BadLines) 
     if not kept:
         raise InputError(f"none of the {len(photos)} photos can be read; the first: {errors[0]}")
     join_arrays([log.with_suffix(".npy") for log in logs], staging / "embeddings.npy")
-    images = pa.table(
-        {
-            "image_id": [photo.image_id for photo in kept],
-            "image": [photo.path.name for photo in kept],
-            "digest": [bytes.fromhex(digest) for chunk in chunks for digest in chunk["digests"]],
-        }
-    )
-    captions = pa.table(
-        {
-            "image_row": pa.array([row for row, photo in enumerate(kept) for _ in photo.captions], pa.int32()),
-            "caption": [caption for photo in kept for caption in photo.captions],
-        }
-    )
-    feather.write_feather(images, staging / "images.arrow", compression="uncompressed")
-    feather.write_feather(captions, staging / "captions.arrow", compression="uncompressed")
     for log in logs:
         log.unlink()
         log.with_suffix(".npy").unlink()
+    digests = [bytes.fromhex(digest) for chunk in chunks for digest in chunk["digests"]]
     fields = {"encoder": encoder.record(), "errors": errors, "bad_lines": bad.listed, "bad_line_count": bad.count}
+    captions = [photo.captions for photo in kept]
+    write_tables(
+        staging, [photo.image_id for photo in kept], [photo.path.name for photo in kept], digests, captions, fields
+    )
+
+
+def write_tables(
+    staging: Path,
+    image_ids: list[str],
+    images: list[str],
+    digests: list[bytes],
+    captions: list[list[str]],
+    fields: dict[str, Any],
+) -> None:
+    """Completes a feature set that so far is `embeddings.npy`; the lists have an entry per row of it.
+
+    Args:
+        fields: what the manifest says: `encoder`, `errors`, `bad_lines` and `bad_line_count`.
+    """
+    photos = pa.table({"image_id": image_ids, "image": images, "digest": digests})
+    texts = pa.table(
+        {
+            "image_row": pa.array([row for row, own in enumerate(captions) for _ in own], pa.int32()),
+            "caption": [caption for own in captions for caption in own],
+        }
+    )
+    feather.write_feather(photos, staging / "images.arrow", compression="uncompressed")
+    feather.write_feather(texts, staging / "captions.arrow", compression="uncompressed")
     write_manifest(staging, "features.json", KIND, VERSION, fields)

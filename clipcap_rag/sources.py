@@ -12,7 +12,7 @@ from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format, s
 from clipcap_rag.errors import InputError
 from clipcap_rag.lines import BadLines
 
-__all__ = ["BadLines", "CaptionRecord", "SourceOptions", "normalize_caption", "read_captions"]
+__all__ = ["BadLines", "CaptionRecord", "SourceOptions", "caption_records", "normalize_caption", "read_captions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def _read(path: Path, kind: str, options: SourceOptions, bad: BadLines) -> Itera
     stem = path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".gz")).stem
     before, empty = bad.count, True
     for place, values in READERS[kind](path, options, bad):
-        for record in _records(place, values, stem, bad):
+        for record in caption_records(place, values, stem, bad):
             empty = False
             yield record
     if empty:
@@ -100,8 +100,14 @@ def _read(path: Path, kind: str, options: SourceOptions, bad: BadLines) -> Itera
         raise InputError(f"{path} holds no caption; {why}")
 
 
-def _records(place: str, values: dict[str, Any], stem: str, bad: BadLines) -> Iterator[CaptionRecord]:
-    """One record per caption of an entry whose values have not been checked yet."""
+def caption_records(place: str, values: dict[str, Any], stem: str, bad: BadLines) -> Iterator[CaptionRecord]:
+    """One record per caption of an entry whose values have not been checked yet; `bad` is told of those with faults.
+
+    Args:
+        place: what the entry is called in messages.
+        values: `captions`, a string or a list of them, and, where there are any, the other fields of `CaptionRecord`.
+        stem: the source, unless the entry names one.
+    """
     captions, meta = values["captions"], values.get("meta") or {}
     try:
         image, image_id, source = (_clean(values.get(key), key) for key in ("image", "image_id", "source"))

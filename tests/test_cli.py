@@ -29,6 +29,8 @@ MINIMAL = {
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
+    "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
+    "convert pickle": ["f", "--out", "o.pkl"],
     "bench": ["--out", "o"],
     "doctor": [],
 }
