@@ -15,7 +15,7 @@ import torch
 
 from clipcap_rag.errors import InputError
 
-_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save wrote before it wrote zip files
+_TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins what a tensor holds
 _NUMBERS = re.compile(r"[<>=|]?[fiub][1248]")
 
 
@@ -34,11 +34,9 @@ def read_pickle(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             if zipfile.is_zipfile(file):
-                return _torch_load(path, mmap=True)
+                return _torch_load(path, mmap=True)  # which cannot enlarge a tensor beyond its file
             file.seek(0)
-            saved = file.read(len(_TORCH_MAGIC)) == _TORCH_MAGIC
-            file.seek(0)
-            return _torch_load(file) if saved else _Unpickler(_Bounded(file)).load()
+            return _Unpickler(_Bounded(file)).load()
     except _Forbidden as error:
         raise InputError(
             f"{path} names {str(error)[:100]!r}, which features do not need and which could run code, so it is not "
@@ -176,7 +174,7 @@ _KNOWN = {
 }
 for _package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     _KNOWN |= {
-        (f"{_package}.multiarray", "_reconstruct"): lambda *_: np.empty(0).view(_Array),
+        (f"{_package}.multiarray", "_reconstruct"): lambda kind, shape, code: np.empty(0).view(_Array),
         (f"{_package}.multiarray", "scalar"): lambda kind, data: _frombuffer(data, kind, (), "C").item(),
         (f"{_package}.numeric", "_frombuffer"): _frombuffer,
     }
