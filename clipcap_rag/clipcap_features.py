@@ -12,7 +12,7 @@ from clipcap_rag.artifact import new_directory, refuse_existing, save_array
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet, write_tables
-from clipcap_rag.progress import say
+from clipcap_rag.progress import say, track
 from clipcap_rag.safe_pickle import read_pickle
 from clipcap_rag.sources import BadLines, caption_records
 
@@ -152,7 +152,7 @@ def _photos(entries: list[dict[str, Any]], matrix: np.ndarray, file: Path, bad: 
     """The photos by image_id, in order of first appearance."""
     photos: dict[str, _Photo] = {}
     owners: dict[int, str] = {}
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(track(entries, "captions", total=len(entries), unit="caption")):
         row = entry["clip_embedding"]
         values = {"captions": entry["captions"], "image_id": entry.get("image_id")}
         for record in caption_records(f"{file}: captions[{number}]", values, file.stem, bad):

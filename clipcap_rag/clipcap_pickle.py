@@ -4,16 +4,21 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.artifact import disk_errors, refuse_unwritable
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.model import load_tokenizer
+from clipcap_rag.progress import bar
 
+_BLOCK = 4096  # captions tokenised at once
 _NUMBER = re.compile("0|[1-9][0-9]{,17}")
 
 
@@ -55,11 +60,11 @@ def export_pickle(
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         tokens.unlink(missing_ok=True)  # they are never there beside other captions, not even after a kill
-        _dump({"clip_embedding": torch.from_numpy(np.array(photos.embeddings)), "captions": captions}, out)
+        _dump({"clip_embedding": torch.from_numpy(np.array(photos.embeddings)), "captions": captions}, out, 1)
         if tokenizer is None:
             return [out]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        _dump([[torch.tensor(ids, dtype=torch.int64) for ids in encoded], rows, max(map(len, encoded))], tokens)
+        encoded = _tokens(texts, tokenizer)
+        _dump([encoded, rows, max(map(len, encoded))], tokens, len(encoded))
         return [out, tokens]
 
 
@@ -75,11 +80,35 @@ def _check_names(out: Path, tokens: Path, with_tokens: bool, overwrite: bool) ->
     refuse_unwritable(out)
 
 
-def _dump(content: Any, out: Path) -> None:
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    encoded: list[Tensor] = []
+    with bar("tokens", total=len(texts), unit="caption") as progress:
+        for start in range(0, len(texts), _BLOCK):
+            block = tokenizer(texts[start : start + _BLOCK], add_special_tokens=False)["input_ids"]
+            encoded += [torch.tensor(ids, dtype=torch.int64) for ids in block]
+            progress.update(len(block))
+    return encoded
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler that shows how many tensors it has written; each takes it 30 microseconds or more."""
+
+    def __init__(self, file: IO[bytes], progress: tqdm):
+        super().__init__(file)
+        self.progress = progress
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self.progress.update()
+        return NotImplemented
+
+
+def _dump(content: Any, out: Path, tensors: int) -> None:
     """Writes a pickle that is there whole or not at all."""
     temporary = out.with_name(out.name + ".tmp")
     with open(temporary, "wb") as file:
-        pickle.dump(content, file)
+        with bar(out.name, total=tensors, unit="tensor") as progress:
+            _Pickler(file, progress).dump(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, out)

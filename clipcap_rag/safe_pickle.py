@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import pickle
 import re
 import struct
@@ -12,8 +11,10 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from clipcap_rag.errors import InputError
+from clipcap_rag.progress import bar
 
 _TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # begins what a tensor holds
 _NUMBERS = re.compile(r"[<>=|]?[fiub][1248]")
@@ -36,7 +37,8 @@ def read_pickle(path: Path) -> Any:
             if zipfile.is_zipfile(file):
                 return _torch_load(path, mmap=True)  # which cannot enlarge a tensor beyond its file
             file.seek(0)
-            return _Unpickler(_Bounded(file)).load()
+            with bar(path.name, total=path.stat().st_size, unit="B") as progress:
+                return _Unpickler(_Bounded(file, progress)).load()
     except _Forbidden as error:
         raise InputError(
             f"{path} names {str(error)[:100]!r}, which features do not need and which could run code, so it is not "
@@ -56,13 +58,14 @@ class _Forbidden(Exception):
 class _Bounded:
     """A file that is not asked for more bytes than it has: memory is taken for as many as are asked for."""
 
-    def __init__(self, file: IO[bytes]):
-        self.file, self.left = file, os.fstat(file.fileno()).st_size
+    def __init__(self, file: IO[bytes], progress: tqdm):
+        self.file, self.left, self.progress = file, progress.total, progress
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= self.left:
             raise EOFError("it ends too early")
         self.left -= count
+        self.progress.update(count)
         return self.file.read(count)
 
     def readline(self) -> bytes:
