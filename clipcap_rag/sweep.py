@@ -46,8 +46,8 @@ def sweep(
         settings: other fields, the same for all runs; they win over the presets.
 
     Returns:
-        {"setting", "rows": [{"preset", "value", "learned_parameters", "greedy": {"CIDEr", ...}, "beam": {...}}], ...};
-        metrics are raw fractions.
+        {"setting", "rows": [{"preset", "value", "learned_parameters", "greedy": {"CIDEr", ...}, "beam": {...}}], ...},
+        all rows that `out` holds, by preset and value; metrics are raw fractions.
 
     Raises:
         InputError: an unusable setting or value, or `out` holds a sweep under other settings.
@@ -67,10 +67,10 @@ def sweep(
                 for preset in presets for value in values}  # fmt: skip
     if index is not None and all(model.mapper != "retrieval" for model, _ in variants.values()):
         raise InputError(f"none of {', '.join(presets)} looks at neighbours; drop --index or add --preset rag")
-    done = _begin(out, job)
+    rows = _begin(out, job)
     with disk_errors(out):
         for (preset, value), (model_config, train_config) in variants.items():
-            if (preset, value) in done:
+            if any((row["preset"], row["value"]) == (preset, value) for row in rows):
                 continue
             name, own = f"{preset}-{value}", index if model_config.mapper == "retrieval" else None
             run = out / "runs" / name
@@ -96,15 +96,15 @@ def sweep(
                 device=device,
                 dtype=dtype,
             )
-            done[preset, value] = _row(preset, value, run, scores["rows"])
-            write_json(out / _RESULT, job | {"rows": list(done.values())})
-        result = job | {"rows": [done[variant] for variant in variants]}
-        draw(result, out / "sweep.png")
-    return result
+            rows.append(_row(preset, value, run, scores["rows"]))
+            rows.sort(key=lambda row: (row["preset"], row["value"]))
+            write_json(out / _RESULT, job | {"rows": rows})
+        draw(job | {"rows": rows}, out / "sweep.png")
+    return job | {"rows": rows}
 
 
-def _begin(out: Path, job: dict[str, Any]) -> dict[tuple[str, Any], dict[str, Any]]:
-    """The rows that are done, by preset and value; makes the directory where there is none."""
+def _begin(out: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are done; makes the directory where there is none."""
     if not (out / _RESULT).is_file():
         refuse_existing(out, overwrite=False)
         out.mkdir(parents=True)
@@ -116,7 +116,7 @@ def _begin(out: Path, job: dict[str, Any]) -> dict[tuple[str, Any], dict[str, An
         raise InputError(
             f"{out} holds a sweep with other settings ({'; '.join(different)}); give the same ones or another --out"
         )
-    return {(row["preset"], row["value"]): row for row in rows}
+    return rows
 
 
 def _row(preset: str, value: Any, run: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
