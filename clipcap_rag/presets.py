@@ -2,8 +2,8 @@
 
 `clipcap-mlp` and `clipcap-transformer` are the two models of Mokady et al. 2021 (arXiv 2111.09734) as its code, README
 and notebooks train them. Kept from this project: an end token after each caption instead of stopping at a full stop,
-batches of captions of similar length, the last incomplete batch of an epoch, a part of the photos for validation, and
-AdamW's epsilon. Captions are trained on as they are written, as ClipCap does with COCO.
+captions cut at 40 tokens, batches of captions of similar length, the last incomplete batch of an epoch, a part of the
+photos for validation, and AdamW's epsilon. Captions are trained on as they are written, as ClipCap does with COCO.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import pytest
 
+import clipcap_parameters
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.presets import PRESETS, configure, description
@@ -29,6 +30,12 @@ def test_the_presets_of_clipcap_are_as_published(preset, mapper, tuning, prefix_
 def test_the_transformer_has_the_published_shape():
     model, _ = configure("clipcap-transformer")
     assert (model.clip_length, model.mapper_layers, model.mapper_heads) == (40, 8, 8)
+
+
+def test_they_learn_as_many_weights_as_published():
+    assert clipcap_parameters.learned("clipcap-mlp", 512, 10) == 155_908_608
+    assert clipcap_parameters.learned("clipcap-transformer", 640, 10) == 42_728_448
+    assert clipcap_parameters.learned("clipcap-transformer", 640, 40) == 57_520_128
 
 
 def test_what_is_given_wins():
