@@ -53,9 +53,9 @@ def parse_clip(clip: str, base: Path | None = None) -> tuple[str, str | None]:
 
     name, colon, tag = clip.partition(":")
     models = open_clip.list_models()
-    if name.replace("/", "-") in models:
-        name = name.replace("/", "-")  # ViT-B/32 is how the paper writes it
-        return _with_quick_gelu(name, _tag(name, tag if colon else None))
+    spelled = re.sub(r"@(\d+)(px)?$", r"-\1", name.replace("/", "-"))  # OpenAI writes ViT-B/32 and ViT-L/14@336px
+    if spelled in models:
+        return _with_quick_gelu(spelled, _tag(spelled, tag if colon else None))
     if clip and _path(clip, base).is_dir():
         return _LOCAL + str(_model_folder(clip, base)), None
     lower = {model.lower(): model for model in models}

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import feature_commands, index_commands
-from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
+from clipcap_rag import feature_commands, index_commands, training_commands
+from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
     CLIP_HELP,
@@ -25,12 +25,6 @@ from clipcap_rag.output import DONE, SOME_FAILED, print_json, status_of
 from clipcap_rag.progress import say
 from clipcap_rag.shipped import STARTER
 from clipcap_rag.sources import SourceOptions
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "rag": {},
-    "clipcap-mlp": {"mapper": "mlp", "normalize": False},
-    "clipcap-transformer": {"mapper": "transformer", "normalize": False, "language_model_tuning": "frozen"},
-}
 
 
 @dataclass(frozen=True)
@@ -72,42 +66,6 @@ def extract(given: Namespace) -> int:
     left_out = f"; {len(features.errors)} photos could not be read and are left out" if features.errors else ""
     print(f"{features.path}: {len(features)} photos, {captions} captions{left_out}")
     return SOME_FAILED if features.errors else DONE
-
-
-def _train_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--features", required=True, metavar="DIR", help="feature set of the training photos")
-    parser.add_argument("--index", help=f"caption index to retrieve from: {INDEX_HELP}")
-    text = "GPT-2-family model to start from: a folder or a hub id such as gpt2"
-    parser.add_argument("--language-model", required=True, metavar="MODEL", help=text)
-    text = "feature set to validate on (default: a part of --features)"
-    parser.add_argument("--validation-features", metavar="DIR", help=text)
-    add_out(parser)
-    text = "defaults of the model flags: retrieval, or one of ClipCap's two models (default: rag)"
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="rag", help=text)
-    add_config(parser, ModelConfig, "model", omit=("clip_dim", "lm_dim"))
-    add_config(parser, TrainConfig, "training")
-    add_compute(parser)
-
-
-def train(given: Namespace) -> int:
-    """Train a captioner; a stopped run continues when the same command is run again."""
-    model_config, train_config = make_config(ModelConfig, given, PRESETS[given.preset]), make_config(TrainConfig, given)
-    from clipcap_rag.training import train as run_training
-
-    out = run_training(
-        given.features,
-        given.index,
-        given.language_model,
-        given.out,
-        model_config=model_config,
-        train_config=train_config,
-        validation_features=given.validation_features,
-        device=given.device,
-        dtype=given.dtype,
-        overwrite=given.overwrite,
-    )
-    print(f"{out}: trained; caption photos with: clipcap-rag caption PHOTO --model {out}")
-    return DONE
 
 
 def _caption_flags(parser: ArgumentParser) -> None:
@@ -253,7 +211,8 @@ COMMANDS = {
     "index search": Command(index_commands.search_flags, index_commands.search),
     "index verify": Command(index_commands.verify_flags, index_commands.verify),
     "extract": Command(_extract_flags, extract),
-    "train": Command(_train_flags, train),
+    "train": Command(training_commands.train_flags, training_commands.train),
+    "sweep": Command(training_commands.sweep_flags, training_commands.sweep),
     "caption": Command(_caption_flags, caption),
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),

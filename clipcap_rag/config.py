@@ -110,7 +110,9 @@ class TrainConfig(Config):
     learning_rate: float = option(2e-4, "peak learning rate of AdamW for the mapper")
     lm_learning_rate: float = option(5e-5, "peak learning rate of AdamW for the language model")
     weight_decay: float = option(0.01, "AdamW weight decay of matrices")
-    warmup: float = option(0.05, "part of all steps in which the learning rate rises")
+    warmup: float = option(
+        0.05, "batches in which the learning rate rises: below 1 a part of the training, from 1 on their number"
+    )
     schedule: str = option("cosine", "how the learning rate falls to 0 afterwards", ("cosine", "linear"))
     gradient_clip: float = option(1.0, "largest gradient norm; 0 leaves gradients alone")
     max_caption_tokens: int = option(40, "longest caption that is trained on, in tokens; the rest is cut")
@@ -131,12 +133,15 @@ class TrainConfig(Config):
         super().__post_init__()
         for name in ("epochs", "batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling",
-                     "random_neighbors"):  # fmt: skip
+        for name in ("validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling", "random_neighbors"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("seed", "validation_images", "patience", "max_neighbors", "weight_decay", "gradient_clip",
                      "neighbor_noise", "image_noise"):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(
+            0 <= self.warmup < 1 or (self.warmup > 0 and float(self.warmup).is_integer()),
+            f"warmup is {self.warmup}; give a part of the training below 1 or a whole number of batches",
+        )
         for name in ("learning_rate", "lm_learning_rate"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(

@@ -75,12 +75,15 @@ def add_config(parser: argparse.ArgumentParser, config: type, title: str, omit: 
         group.add_argument(flag_name(field.name), type=kind, choices=choices, metavar=metavar, **options)
 
 
-def make_config(
-    config: type[Configuration], given: argparse.Namespace, defaults: dict[str, Any] | None = None
-) -> Configuration:
-    """The configuration of what was given, of `defaults` where a flag was not, and of the dataclass for the rest."""
+def given_fields(config: type, given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration dataclass whose flags were given."""
     names = [field.name for field in dataclasses.fields(config)]
-    return config(**(defaults or {}) | {name: getattr(given, name) for name in names if hasattr(given, name)})
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
+
+
+def make_config(config: type[Configuration], given: argparse.Namespace) -> Configuration:
+    """The configuration of what was given, with the defaults of the dataclass for the rest."""
+    return config(**given_fields(config, given))
 
 
 def _plain(kind: Any) -> type:

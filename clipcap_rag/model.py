@@ -149,6 +149,11 @@ def tune(language_model: nn.Module, config: ModelConfig) -> nn.Module:
     return inject_adapter_in_model(lora, language_model)
 
 
+def learned_parameters(model: nn.Module) -> int:
+    """How many numbers of the model learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def learned_state(model: CaptionModel) -> dict[str, Tensor]:
     """The weights that a checkpoint must store: the mapper, and what of the language model was tuned."""
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
