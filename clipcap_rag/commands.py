@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import feature_commands, index_commands, training_commands
+from clipcap_rag import convert_commands, feature_commands, index_commands, training_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
@@ -217,6 +217,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),
+    "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }
