@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import index_commands
+from clipcap_rag import hub_commands, index_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
     CLIP_HELP,
     INDEX_HELP,
+    MODEL_HELP,
     add_captions,
     add_compute,
     add_config,
@@ -112,8 +113,8 @@ def train(given: Namespace) -> int:
 
 def _caption_flags(parser: ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="photos, folders of photos, or globs")
-    text = "a training run or checkpoint (default: starter, the one that comes with the package)"
-    parser.add_argument("--model", default=STARTER, metavar="DIR", help=text)
+    text = f"{MODEL_HELP} (default: starter, the one that comes with the package)"
+    parser.add_argument("--model", default=STARTER, metavar="MODEL", help=text)
     retrieval = parser.add_argument_group("retrieval")
     text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
     retrieval.add_argument("--index", action="append", help=text)
@@ -169,7 +170,7 @@ def _print_result(result: Any, verbose: bool) -> None:
 
 
 def _evaluate_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
     )
@@ -256,6 +257,7 @@ COMMANDS = {
     "train": Command(_train_flags, train),
     "caption": Command(_caption_flags, caption),
     "evaluate": Command(_evaluate_flags, evaluate),
+    "push": Command(hub_commands.push_flags, hub_commands.push),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

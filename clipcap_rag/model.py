@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from clipcap_rag import hub
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError, missing_extra
 from clipcap_rag.mapper import MLPMapper, RetrievalMapper, TransformerMapper
@@ -69,9 +70,10 @@ def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         InputError: not found, not of the GPT-2 family, or without an end token.
     """
     with _named(name):
-        _check_family(name, AutoConfig.from_pretrained(name).to_dict())
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        return model, load_tokenizer(name)
+        folder = name if Path(name).is_dir() else hub.fetch(name, hub.LANGUAGE_MODEL_FILES)
+        _check_family(name, AutoConfig.from_pretrained(folder).to_dict())
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        return model, load_tokenizer(folder)
 
 
 def language_model_from_config(config: dict[str, Any]) -> nn.Module:
@@ -81,9 +83,9 @@ def language_model_from_config(config: dict[str, Any]) -> nn.Module:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model folder, hub id or checkpoint."""
+    """The tokenizer of a language model folder or checkpoint."""
     with _named(str(name)):
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token; give a GPT-2-family model with its tokenizer")
     return tokenizer
