@@ -29,6 +29,7 @@ MINIMAL = {
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
+    "push": ["starter", "--repo", "me/captioner"],
     "bench": ["--out", "o"],
     "doctor": [],
 }
