@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import feature_commands, index_commands
+from clipcap_rag import feature_commands, index_commands, prepare_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
@@ -252,6 +252,10 @@ COMMANDS = {
     "index info": Command(index_commands.info_flags, index_commands.info),
     "index search": Command(index_commands.search_flags, index_commands.search),
     "index verify": Command(index_commands.verify_flags, index_commands.verify),
+    "prepare coco": Command(prepare_commands.coco_flags, prepare_commands.coco),
+    "prepare flickr": Command(prepare_commands.flickr_flags, prepare_commands.flickr),
+    "prepare nocaps": Command(prepare_commands.nocaps_flags, prepare_commands.nocaps),
+    "prepare conceptual": Command(prepare_commands.conceptual_flags, prepare_commands.conceptual),
     "extract": Command(_extract_flags, extract),
     "train": Command(_train_flags, train),
     "caption": Command(_caption_flags, caption),
