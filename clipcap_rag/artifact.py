@@ -16,6 +16,7 @@ from clipcap_rag.progress import say
 
 _WHOLE_HASH_LIMIT = 64 * 2**20  # bytes; larger files are hashed by evenly spaced samples when opened
 _JOB = "job.json"  # in a staging directory: what the unfinished work is
+_MANY_FILES = 1000  # from here on one flush of the whole system is faster than one per file
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 
@@ -182,7 +183,10 @@ def _retired(out: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    for number, path in enumerate(folder.rglob("*")):
+        if number == _MANY_FILES:
+            os.sync()
+            return
         _sync(path)
     _sync(folder)
 
@@ -217,6 +221,18 @@ def join_arrays(parts: Sequence[Path], out: Path) -> None:
     joined.flush()
 
 
+def unfinished_job(out: Path) -> dict[str, Any] | None:
+    """The job of `resumable_directory` whose unfinished work waits beside `out`, if any."""
+    job = staging_path(out) / _JOB
+    return read_json(job, "job") if job.is_file() else None
+
+
+def reopen_directory(out: Path, job: dict[str, Any]) -> None:
+    """Makes a finished directory the unfinished work of `job` again, for `resumable_directory` to continue."""
+    write_json(out / _JOB, job)
+    os.rename(out, staging_path(out))
+
+
 @contextmanager
 def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False) -> Iterator[Path]:
     """Yields the staging directory of `out`, with what an interrupted run of the same `job` left in it.
@@ -230,7 +246,7 @@ def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False)
     refuse_existing(out, overwrite)
     staging, job = staging_path(out), json.loads(json.dumps(job))
     with disk_errors(out):
-        if (staging / _JOB).is_file() and read_json(staging / _JOB, "job") == job:
+        if unfinished_job(out) == job:
             say(f"continuing the unfinished work in {staging}")
             for torn in staging.rglob("*.tmp"):
                 torn.unlink()

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import convert_commands, feature_commands, hub_commands, index_commands, training_commands
+from clipcap_rag import (
+    convert_commands,
+    feature_commands,
+    hub_commands,
+    index_commands,
+    prepare_commands,
+    training_commands,
+)
 from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
@@ -211,6 +218,10 @@ COMMANDS = {
     "index info": Command(index_commands.info_flags, index_commands.info),
     "index search": Command(index_commands.search_flags, index_commands.search),
     "index verify": Command(index_commands.verify_flags, index_commands.verify),
+    "prepare coco": Command(prepare_commands.coco_flags, prepare_commands.coco),
+    "prepare flickr": Command(prepare_commands.flickr_flags, prepare_commands.flickr),
+    "prepare nocaps": Command(prepare_commands.nocaps_flags, prepare_commands.nocaps),
+    "prepare conceptual": Command(prepare_commands.conceptual_flags, prepare_commands.conceptual),
     "extract": Command(_extract_flags, extract),
     "train": Command(training_commands.train_flags, training_commands.train),
     "sweep": Command(training_commands.sweep_flags, training_commands.sweep),

@@ -201,3 +201,24 @@ class EvaluationConfig(Config):
     def names(self) -> list[str]:
         """The decodings one by one."""
         return [name.strip() for name in self.decodings.split(",")]
+
+
+@dataclass(frozen=True)
+class DownloadConfig(Config):
+    """How photos are fetched from the web, and which of them are kept."""
+
+    threads: int = option(32, "photos fetched and decoded at a time")
+    connect_timeout: float = option(10.0, "seconds that a server may take to be reached")
+    read_timeout: float = option(15.0, "seconds that a server may be silent")
+    total_timeout: float = option(60.0, "seconds for one URL in all: redirects, further tries and pauses included")
+    retries: int = option(2, "further tries after a timeout, a cut connection or a passing server error")
+    max_megabytes: float = option(32.0, "largest file that is fetched, in MB")
+    min_side: int = option(64, "shortest side of a photo that is kept, in pixels")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("threads", "min_side"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("connect_timeout", "read_timeout", "total_timeout", "max_megabytes"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        _require(self.retries >= 0, f"retries is {self.retries}; it must be 0 or more")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format, short
+from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format
 from clipcap_rag.errors import InputError
-from clipcap_rag.lines import BadLines
+from clipcap_rag.lines import BadLines, short
 
 __all__ = ["BadLines", "CaptionRecord", "SourceOptions", "caption_records", "normalize_caption", "read_captions"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipcap_rag import cli
 from clipcap_rag.commands import COMMANDS
-from clipcap_rag.config import GenerationConfig, IndexConfig, ModelConfig, TrainConfig
+from clipcap_rag.config import DownloadConfig, GenerationConfig, IndexConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
 from clipcap_rag.sources import SourceOptions
@@ -25,6 +25,10 @@ MINIMAL = {
     "index info": ["name"],
     "index search": ["name", "a dog"],
     "index verify": ["name"],
+    "prepare coco": ["--karpathy", "k.json", "--out", "o"],
+    "prepare flickr": ["--captions", "t.token", "--out", "o"],
+    "prepare nocaps": ["--captions", "n.json", "--out", "o"],
+    "prepare conceptual": ["list.tsv", "--out", "o"],
     "extract": ["--captions", "a.jsonl", "--images", "i", "--clip", "x", "--out", "o"],
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "sweep": ["seed=0,1", "--features", "f", "--validation-features", "v", "--language-model", "g", "--out", "o"],
@@ -41,6 +45,7 @@ MADE_FROM = [
     ("index build", IndexConfig, ()),
     ("index build", SourceOptions, ()),
     ("extract", SourceOptions, ()),
+    ("prepare conceptual", DownloadConfig, ()),
     ("train", ModelConfig, ("clip_dim", "lm_dim")),
     ("train", TrainConfig, ()),
     ("sweep", ModelConfig, ("clip_dim", "lm_dim")),
