@@ -95,6 +95,7 @@ class GenerationConfig(Config):
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
+    prompt: str = option("", "words that every caption starts with; the model continues them")
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 
     def __post_init__(self) -> None:
@@ -114,6 +115,11 @@ class GenerationConfig(Config):
     def longest(self) -> int:
         """The most tokens that a caption has."""
         return self.max_new_tokens or (67 if self.decoding == "clipcap" else 40)
+
+    @property
+    def captions_per_image(self) -> int:
+        """How many are written; equal ones are merged afterwards."""
+        return {"greedy": 1, "sample": self.candidates}.get(self.decoding, self.num_beams)
 
 
 @dataclass(frozen=True)

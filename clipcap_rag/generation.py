@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.prompt import with_prompt
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
 _NUCLEUS = 256  # tokens looked at first on a CPU when the nucleus is cut out of the vocabulary
@@ -19,7 +20,13 @@ _LOOK_EVERY = 8  # steps between two looks, on a GPU, at what is finished: each 
 
 @dataclass(frozen=True)
 class Written:
-    """A caption as the language model wrote it; `log_probability` in nats, over all `tokens` with the end token."""
+    """A caption as the language model wrote it, behind its prompt if there was one.
+
+    Attributes:
+        caption: the prompt and what was written after it.
+        tokens: what was written, with the end token; the prompt is not among them.
+        log_probability: in nats, over `tokens`.
+    """
 
     caption: str
     tokens: tuple[int, ...]
@@ -46,10 +53,13 @@ def write_captions(
         prefix: [B, P, E].
         digests: per image, the bytes that together with the seed determine its samples.
         stop_token: text whose first token ends a caption and belongs to it; empty if only the end token does.
+
+    Raises:
+        InputError: the prompt leaves the language model no position to write at.
     """
-    longest = model.language_model.config.n_positions - prefix.shape[1]
-    steps, ends = min(config.longest, longest), _ends(model, tokenizer, config, stop_token)
-    per_image = {"greedy": 1, "sample": config.candidates}.get(config.decoding, config.num_beams)
+    prefix, prompt = with_prompt(model, tokenizer, prefix, config.prompt)
+    steps = min(config.longest, model.language_model.config.n_positions - prefix.shape[1])
+    per_image, ends = config.captions_per_image, _ends(model, tokenizer, config, stop_token)
     images = max(1, _SEQUENCES // per_image)
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
@@ -62,7 +72,7 @@ def write_captions(
         else:
             decoded = _sample(model, cache, logits, config, per_image, digests[start : start + images], steps, ends)
         for sequences in decoded:
-            written.append([_read(tokenizer, model.end_token, *sequence) for sequence in sequences])
+            written.append([_read(tokenizer, model.end_token, prompt, *sequence) for sequence in sequences])
     return written
 
 
@@ -80,8 +90,10 @@ def _ended(tokens: Tensor, ends: list[int]) -> Tensor:
     return torch.stack([tokens == end for end in ends]).any(0)
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, end: int, tokens: list[int], log_probability: float) -> Written:
-    text = tokenizer.decode([token for token in tokens if token != end], skip_special_tokens=True)
+def _read(
+    tokenizer: PreTrainedTokenizerBase, end: int, prompt: list[int], tokens: list[int], log_probability: float
+) -> Written:
+    text = tokenizer.decode([*prompt, *(token for token in tokens if token != end)], skip_special_tokens=True)
     return Written(" ".join(text.split()), tuple(tokens), log_probability)
 
 
