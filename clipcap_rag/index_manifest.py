@@ -36,7 +36,8 @@ def write_index_manifest(
         encoder: the record of the encoder with `clip`, `dim` and `probes`.
         provenance: what the index was made from.
         licence: the terms of the captions, where they are known.
-        recorded: records of files that have not changed, so that they are not read again.
+        recorded: the records of the manifest that is replaced, so that its files are not read again; left out, every
+            file in `folder` is recorded.
     """
     rows = sum(segment["rows"] for segment in segments)
     fields = {
@@ -50,8 +51,11 @@ def write_index_manifest(
         "provenance": provenance,
         "encoder": encoder,
     }
-    known = recorded or {}
-    files = {name: known.get(name) or file_record(folder / name) for name in index_files(segments, tombstones)}
+    files = None
+    if recorded is not None:  # what is no part of an index proper, such as a CLIP model that lies in it, stays
+        files = {name: record for name, record in recorded.items() if not re.match(r"segments/|tombstones-", name)}
+        for name in index_files(segments, tombstones):
+            files[name] = recorded.get(name) or file_record(folder / name)
     write_manifest(folder, MANIFEST, KIND, VERSION, fields, files)
 
 

@@ -288,6 +288,18 @@ def test_long_files_continue_where_a_kill_stopped_them(kites, tmp_path, monkeypa
         {"name": "boats.txt", "bytes": source.stat().st_size, "revision": 2}]  # fmt: skip
 
 
+def test_what_else_lies_in_an_index_stays_recorded(tmp_path):
+    (tmp_path / "kites" / "clip").mkdir(parents=True)
+    (tmp_path / "kites" / "clip" / "config.json").write_text("{}")
+    folder = write(tmp_path / "kites", ["a kite", "a boat"])
+    add_captions(folder, ["a train"], ENCODER)
+    compact_index(folder)
+    assert "clip/config.json" in open_files(folder).manifest["files"]
+    (folder / "clip" / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json was altered"):
+        open_files(folder)
+
+
 @pytest.mark.parametrize("caption", ["", "  ", "a \x1b[2J kite", "\ud800"])
 def test_a_caption_that_is_no_text_is_refused(kites, caption):
     with pytest.raises(InputError, match="caption"):
@@ -304,6 +316,8 @@ def test_another_encoder_is_refused_and_so_is_the_index_of_the_package(kites):
 
     with pytest.raises(InputError, match="hashing.*other"):
         add_captions(kites, ["a boat"], Other())
+    with pytest.raises(InputError, match="lies on the hub"):
+        compact_index("hf-hub:someone/kites")
     for change in (lambda: add_captions("starter", ["a boat"]), lambda: compact_index("starter")):
         with pytest.raises(InputError, match="comes with the package"):
             change()
