@@ -19,6 +19,7 @@ from clipcap_rag.artifact import disk_errors, save_array, sync
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_store import (
     MANIFEST,
+    SEARCH,
     IndexFiles,
     SegmentWriter,
     index_lock,
@@ -142,7 +143,7 @@ class IndexChange:
         for entry in self.segments:
             if entry not in self.manifest["segments"]:
                 folder = self.path / "segments" / entry["name"]
-                for path in (*folder.iterdir(), folder):
+                for path in ([folder / SEARCH] if entry["search"] else []) + [folder]:  # its other files are synced
                     sync(path)
         for folder in (self.path / "segments", self.path):
             sync(folder)
