@@ -120,10 +120,10 @@ def add_compute(
         group.add_argument("--workers", type=count, default=workers, metavar="N", help=text)
 
 
-def add_captions(parser: argparse.ArgumentParser) -> None:
+def add_captions(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --captions and what reading them needs."""
     text = "caption files or folders; .gz of any text is fine"
-    parser.add_argument("--captions", nargs="+", required=True, metavar="PATH", help=text)
+    parser.add_argument("--captions", nargs="+", required=required, metavar="PATH", help=text)
     add_config(parser, SourceOptions, "reading captions")
     text = "count and list bad lines instead of stopping at the first"
     parser.add_argument("--skip-bad", action="store_true", help=text)
