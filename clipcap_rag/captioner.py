@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
+from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Embeddings, Encoder, check_encoder, check_same_encoder
@@ -23,7 +23,7 @@ from clipcap_rag.images import image_name
 from clipcap_rag.progress import say
 from clipcap_rag.rerank import Candidate, by_likelihood, by_similarity, distinct
 from clipcap_rag.retriever import Neighbor, Neighbors, Retriever, index_choice
-from clipcap_rag.shipped import STARTER, mending, starter_checkpoint
+from clipcap_rag.shipped import STARTER, mending
 
 IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | None
 
@@ -56,7 +56,7 @@ class Captioner:
         index_device: str = "auto",
         base: Path | None = None,
     ):
-        """base: the folder that a relative CLIP path in the checkpoint refers to."""
+        """base: the folder that relative paths in the checkpoint refer to."""
         self.checkpoint, self.device = checkpoint, pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.model = checkpoint.model.to(self.device, self.dtype).eval()
@@ -67,25 +67,18 @@ class Captioner:
     def from_pretrained(
         cls, path: str | Path, device: str = "auto", dtype: str = "auto", index_device: str = "auto"
     ) -> "Captioner":
-        """Opens a checkpoint, the best one of a training run, or "starter", the captioner that comes with the package.
+        """Opens a checkpoint, the best one of a training run, hf-hub:ORG/NAME (with @REVISION), or "starter".
+
+        "starter" is the captioner that comes with the package; one from the hub is fetched once and then found in its
+        cache.
 
         Raises:
             InputError: there is none at `path`, or it is altered, incomplete or of another version.
         """
-        options = {"device": device, "dtype": dtype, "index_device": index_device}
-        if path == STARTER:
-            with mending(starter_checkpoint()):
-                return cls(read_checkpoint(starter_checkpoint()), **options)
-        folder = Path(path)
-        if not folder.is_dir():
-            raise InputError(
-                f"no model at {folder}; give --model the folder that `clipcap-rag train` wrote, or starter"
-            )
-        if (folder / "run.json").is_file():
-            folder = folder / "best"
-            if not folder.is_dir():
-                raise InputError(f"{path} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
-        return cls(read_checkpoint(folder), base=folder, **options)
+        folder = checkpoint_folder(path)
+        with mending(folder):
+            checkpoint = read_checkpoint(folder)
+        return cls(checkpoint, device=device, dtype=dtype, index_device=index_device, base=folder)
 
     @classmethod
     def from_clipcap(
@@ -292,8 +285,11 @@ class Captioner:
         recorded = self.checkpoint.index
         if recorded is None:
             return None
-        if recorded["path"] == STARTER or Path(recorded["path"]).is_dir():
-            return recorded["path"]
+        if recorded["path"] == STARTER:
+            return STARTER
+        beside = (self._base or Path()) / recorded["path"]  # a pushed checkpoint may bring its index along
+        if beside.is_dir():
+            return str(beside)
         raise InputError(
             f"the index this model was trained with, {recorded['path']}, is gone; "
             "pass --index NAME|PATH for another, or --no-retrieval"

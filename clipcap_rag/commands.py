@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import convert_commands, feature_commands, index_commands, training_commands
+from clipcap_rag import convert_commands, feature_commands, hub_commands, index_commands, training_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
     CLIP_HELP,
     INDEX_HELP,
+    MODEL_HELP,
     add_captions,
     add_compute,
     add_config,
@@ -70,8 +71,8 @@ def extract(given: Namespace) -> int:
 
 def _caption_flags(parser: ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="photos, folders of photos, or globs")
-    text = "a training run or checkpoint (default: starter, the one that comes with the package)"
-    parser.add_argument("--model", default=STARTER, metavar="DIR", help=text)
+    text = f"{MODEL_HELP} (default: starter, the one that comes with the package)"
+    parser.add_argument("--model", default=STARTER, metavar="MODEL", help=text)
     retrieval = parser.add_argument_group("retrieval")
     text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
     retrieval.add_argument("--index", action="append", help=text)
@@ -127,7 +128,7 @@ def _print_result(result: Any, verbose: bool) -> None:
 
 
 def _evaluate_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
     )
@@ -218,6 +219,7 @@ COMMANDS = {
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),
     "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),
+    "push": Command(hub_commands.push_flags, hub_commands.push),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

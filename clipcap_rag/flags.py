@@ -13,7 +13,10 @@ from clipcap_rag.sources import SourceOptions
 Configuration = TypeVar("Configuration")
 
 CLIP_HELP = "CLIP model: starter (the one of the package), NAME, NAME:TAG, local-dir:PATH or a folder, hf-hub:ORG/NAME"
-INDEX_HELP = "a folder, or a name looked up in $CLIPCAP_RAG_INDEX_DIR, ./index and the indexes of the package"
+INDEX_HELP = (
+    "a folder, a name looked up in $CLIPCAP_RAG_INDEX_DIR, ./index and the indexes of the package, or hf-hub:ORG/NAME"
+)
+MODEL_HELP = "a training run, a checkpoint, starter or hf-hub:ORG/NAME[@REVISION]"
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ Legend of shape letters, used throughout the package: B batch, T text tokens, P 
 D clip_dim, E lm_dim, V vocabulary, N rows, H heads.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from clipcap_rag import hub
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError, missing_extra
 from clipcap_rag.mapper import LinearMapper, MLPMapper, RetrievalMapper, TransformerMapper
@@ -68,18 +70,25 @@ def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         InputError: not found, not of the GPT-2 family, or without an end token.
     """
-    language_model_config(name)
+    folder = _folder(name, hub.LANGUAGE_MODEL_FILES)
+    language_model_config(folder)
     with _named(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    return model, load_tokenizer(name)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return model, load_tokenizer(folder)
 
 
 def language_model_config(name: str) -> dict[str, Any]:
     """The settings of a GPT-2-family language model, from a folder or the Hugging Face hub; errors as there."""
+    folder = _folder(name, ["config.json"])
     with _named(name):
-        config = AutoConfig.from_pretrained(name).to_dict()
+        config = AutoConfig.from_pretrained(folder).to_dict()
     _check_family(name, config)
     return config
+
+
+def _folder(name: str | Path, files: Sequence[str]) -> str:
+    """Where a language model lies: its folder, or that of the copies of `files` from the hub."""
+    return str(name if Path(name).is_dir() else hub.fetch(str(name), files))
 
 
 def language_model_from_config(config: dict[str, Any]) -> nn.Module:
@@ -90,8 +99,9 @@ def language_model_from_config(config: dict[str, Any]) -> nn.Module:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model folder, hub id or checkpoint."""
+    folder = _folder(name, ["config.json", *hub.TOKENIZER_FILES])
     with _named(str(name)):
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token; give a GPT-2-family model with its tokenizer")
     return tokenizer
