@@ -97,8 +97,9 @@ def fetch_artifact(name: str, manifest: str, kind: str, repo_type: str = "model"
     strange = [file for file in files if not is_data(file)] if isinstance(files, dict) else ["no files"]
     if strange:
         raise InputError(f"the {kind} {name} lists {strange[0]}, which no {kind} has; use another one")
-    commit = f"{name.partition('@')[0]}@{folder.name}"
-    folder = fetch(commit, [glob.escape(file) for file in files], repo_type)
+    missing = [glob.escape(file) for file in files if not (folder / file).is_file()]
+    if missing:
+        fetch(f"{name.partition('@')[0]}@{folder.name}", missing, repo_type)  # the same commit as the manifest
     try:
         check_files(folder, files, kind)
     except InputError as error:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,10 @@ def packed(artefact: str | Path, repo: str, index: str | Path | None = None) -> 
 
     Raises:
         InputError: there is no such captioner or index, a file of it is missing or altered, or it needs a model whose
-            weights are not in safetensors files.
+            weights are not in safetensors files; or `repo` can be no name.
     """
+    if not is_name(repo):
+        raise InputError(f"{repo!r} is no name on the hub; write --repo ORG/NAME")
     with tempfile.TemporaryDirectory(prefix="clipcap-rag-") as temporary:
         folder = Path(temporary)
         if (Path(artefact) / index_store.MANIFEST).is_file():
@@ -92,14 +95,14 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not is_name(repo):
-        raise InputError(f"{repo!r} is no name on the hub; write --repo ORG/NAME")
     with packed(artefact, repo, index) as (folder, repo_type):
         files = [CommitOperationAdd(name, folder / name) for name in listing(folder)]
         try:
             api = HfApi()
             address = api.create_repo(repo, repo_type=repo_type, private=private, exist_ok=True)
-            api.create_commit(repo, files, commit_message=message or "Push by clipcap-rag", repo_type=repo_type)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*commit a data file")  # the index of a model
+                api.create_commit(repo, files, commit_message=message or "Push by clipcap-rag", repo_type=repo_type)
         except Exception as error:  # whatever a network or a server makes the library raise
             raise _refusal(repo, error) from error
     return str(address)
