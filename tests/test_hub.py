@@ -22,6 +22,7 @@ from clipcap_rag import hub, publication
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
+from clipcap_rag.cli import main
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.errors import InputError
@@ -421,7 +422,7 @@ def test_an_index_becomes_a_data_set(online, world):
     assert Encoder.load(opened.encoder["clip"], "cpu", base=opened.path).dim == 24
 
 
-def test_the_commands_in_processes_of_their_own(server, world, tmp_path):
+def test_the_commands_in_processes_of_their_own(server, world, tmp_path, capsys):
     environment = os.environ | {
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),
@@ -432,21 +433,17 @@ def test_the_commands_in_processes_of_their_own(server, world, tmp_path):
     }
 
     def command(*words):
-        words = [sys.executable, "-m", "clipcap_rag", *map(str, words)]
+        words = [sys.executable, "-m", "clipcap_rag", *words]
         return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
 
-    push = ["push", world.run, "--repo", "me/captioner", "--index", world.index.path]
-    listed = command(*push, "--dry-run")
-    assert listed.returncode == 0 and "index/own/index.json" in listed.stdout and not server.log
+    push = ["push", str(world.run), "--repo", "me/captioner", "--index", str(world.index.path)]
+    assert main([*push, "--dry-run"]) == 0
+    assert "index/own/index.json" in capsys.readouterr().out and not server.log
     done = command(*push)
     assert (done.returncode, done.stdout) == (0, f"{server.url}/me/captioner\n"), done.stderr
     assert TOKEN not in done.stderr
-    photo = world.photos / "photo-0.jpg"
-    options = ["--device", "cpu", "--dtype", "float32"]
-    fetched = command("caption", photo, "--model", "hf-hub:me/captioner", *options)
-    here = command("caption", photo, "--model", world.run, *options)
+    ask = ["caption", str(world.photos / "photo-0.jpg"), "--device", "cpu", "--dtype", "float32", "--model"]
+    fetched = command(*ask, "hf-hub:me/captioner")
     assert fetched.returncode == 0, fetched.stderr
-    assert fetched.stdout == here.stdout
-    server.stop()
-    without = command("caption", photo, "--model", "hf-hub:me/captioner", *options)
-    assert without.stdout == here.stdout
+    assert main([*ask, str(world.run)]) == 0
+    assert fetched.stdout == capsys.readouterr().out
