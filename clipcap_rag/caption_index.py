@@ -11,6 +11,7 @@ import torch
 from clipcap_rag.errors import InputError
 from clipcap_rag.flat_search import BLOCK, faiss_reason, fetch_size, flat_search, widened
 from clipcap_rag.hardware import pick_device
+from clipcap_rag.hub import artifact_name
 from clipcap_rag.index_names import resolve_index
 from clipcap_rag.index_store import SEARCH, IndexFiles, open_files
 from clipcap_rag.progress import say
@@ -34,7 +35,7 @@ class CaptionIndex:
 
     def __init__(self, files: IndexFiles, device: str = "auto"):
         self.files = files
-        self.path, self.name = files.path, files.path.resolve().name
+        self.path, self.name = files.path, artifact_name(files.path)
         self.revision: int = files.manifest["revision"]
         self.encoder: dict[str, Any] = files.manifest["encoder"]
         self.dim = files.dim

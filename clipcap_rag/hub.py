@@ -43,6 +43,12 @@ def is_name(name: str) -> bool:
     return "@" not in name and _NAME.fullmatch(name) is not None
 
 
+def artifact_name(folder: Path) -> str:
+    """The name of a folder, or of the repository whose copy in the cache it is."""
+    path = folder.resolve()
+    return path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+
+
 def fetch(name: str, files: Sequence[str], repo_type: str = "model") -> Path:
     """The folder in the cache of the hub with `files` of a repository; without a network, what was fetched before.
 

@@ -13,7 +13,7 @@ from clipcap_rag.artifact import read_json, read_manifest, write_manifest
 from clipcap_rag.checkpoint import checkpoint_folder
 from clipcap_rag.encoder import check_same_encoder, parse_clip
 from clipcap_rag.errors import InputError
-from clipcap_rag.hub import CARD, LANGUAGE_MODEL_FILES, PREFIX, is_data, is_name
+from clipcap_rag.hub import CARD, LANGUAGE_MODEL_FILES, PREFIX, artifact_name, is_data, is_name
 from clipcap_rag.index_names import resolve_index
 from clipcap_rag.progress import say
 from clipcap_rag.shipped import STARTER
@@ -142,7 +142,7 @@ def _pack_checkpoint(source: Path, folder: Path, repo: str, index: str | Path | 
         chosen = resolve_index(index)
         stored = read_json(chosen / index_store.MANIFEST, index_store.KIND)
         check_same_encoder(encoder, "the model", stored.get("encoder", {}), f"the index {chosen}")
-        name = chosen.resolve().name
+        name = artifact_name(chosen)
         _pack_index(chosen, folder / "index" / name, encoder["clip"].replace(_LOCAL, f"{_LOCAL}../../"))
         manifest["index"] = {"path": f"index/{name}", "name": name, "revision": stored["revision"]}
         card += f"\nIts index {name} is included; licence of the captions: {stored['licence'] or 'not stated'}.\n"

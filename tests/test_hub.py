@@ -419,6 +419,7 @@ def test_an_index_becomes_a_data_set(online, world):
     assert there.caption == here.caption
     assert [neighbor.caption for neighbor in there.neighbors] == [neighbor.caption for neighbor in here.neighbors]
     opened = CaptionIndex.open("hf-hub:me/captions", "cpu")
+    assert opened.name == "captions"
     assert Encoder.load(opened.encoder["clip"], "cpu", base=opened.path).dim == 24
 
 
