@@ -33,6 +33,7 @@ MINIMAL = {
     "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
     "convert pickle": ["f", "--out", "o.pkl"],
     "convert clipcap": ["w.pt", "--out", "o"],
+    "push": ["starter", "--repo", "me/captioner"],
     "bench": ["--out", "o"],
     "doctor": [],
 }
