@@ -64,10 +64,12 @@ class Checkpoint:
         (folder / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read it
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card or self._card(), encoding="utf-8")
+        config = self.model.language_model.config.to_dict()
+        config.pop("_name_or_path", None)  # where it lay on this machine
         fields = {
             "model": self.config.to_json(),
             "encoder": self.encoder,
-            "language_model": {"name": self.language_model, "config": self.model.language_model.config.to_dict()},
+            "language_model": {"name": self.language_model, "config": config},
             "index": self.index,
             "num_neighbors": self.num_neighbors,
             "training": self.training,

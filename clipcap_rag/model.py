@@ -70,23 +70,25 @@ def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         InputError: not found, not of the GPT-2 family, or without an end token.
     """
-    language_model_config(name)
+    folder = _folder(name, hub.LANGUAGE_MODEL_FILES)
+    language_model_config(folder)
     with _named(name):
-        folder = _folder(name, hub.LANGUAGE_MODEL_FILES)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return model, load_tokenizer(folder)
 
 
 def language_model_config(name: str) -> dict[str, Any]:
     """The settings of a GPT-2-family language model, from a folder or the Hugging Face hub; errors as there."""
+    folder = _folder(name, ["config.json"])
     with _named(name):
-        config = AutoConfig.from_pretrained(_folder(name, ("config.json",))).to_dict()
+        config = AutoConfig.from_pretrained(folder).to_dict()
     _check_family(name, config)
     return config
 
 
-def _folder(name: str | Path, files: Sequence[str]) -> Path:
-    return Path(name) if Path(name).is_dir() else hub.fetch(str(name), files)
+def _folder(name: str | Path, files: Sequence[str]) -> str:
+    """Where a language model lies: its folder, or that of the copies of `files` from the hub."""
+    return str(name if Path(name).is_dir() else hub.fetch(str(name), files))
 
 
 def language_model_from_config(config: dict[str, Any]) -> nn.Module:
@@ -97,9 +99,9 @@ def language_model_from_config(config: dict[str, Any]) -> nn.Module:
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model folder, hub id or checkpoint."""
+    folder = _folder(name, ["config.json", *hub.TOKENIZER_FILES])
     with _named(str(name)):
-        folder = _folder(name, ("config.json", *hub.TOKENIZER_FILES))
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token; give a GPT-2-family model with its tokenizer")
     return tokenizer
