@@ -16,8 +16,9 @@ _MEMORY = 64 * 2**20  # bytes of embeddings kept
 class Ranker:
     """Orders candidates by what CLIP and the language model think of them, and remembers the texts it has seen.
 
-    Photos of one folder get the same captions again and again; within one ranker a text is embedded once while it is
-    among the last ones seen (64 MB of embeddings), so equal captions have equal embeddings.
+    A text is embedded once while it is among the last ones seen (64 MB of embeddings), so equal captions of different
+    photos have equal embeddings. Of the captions of 128 unlike photos by the starter 9 percent of the greedy and 4
+    percent of the sampled ones had been seen; frames of a film or shots of one scene share more.
     """
 
     def __init__(self, encoder: Encoder):
