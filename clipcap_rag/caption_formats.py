@@ -57,14 +57,34 @@ def detect_format(path: Path, options: SourceOptions) -> str:
     return "text"
 
 
+def detect_folder(path: Path) -> str:
+    """`text` for a folder that holds texts and no image at all, else `folder`: images with their captions."""
+    texts = False
+    for file in walk_files(path):
+        if file.suffix.lower() in IMAGE_EXTENSIONS:
+            return "folder"
+        texts = texts or _is_text(file)
+    return "text" if texts else "folder"
+
+
+def _is_text(file: Path) -> bool:
+    return file.name.lower().endswith((".txt", ".txt.gz"))
+
+
 # A reader yields the place of an entry and its unchecked values: `captions` (one or a list) and, where it has them,
 # `image`, `image_id`, `source` and `meta`.
 Entries = Iterator[tuple[str, dict[str, Any]]]
 
 
 def _text(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
-    for number, line in read_lines(path, bad):
-        yield f"{path}:{number}", {"captions": line}
+    if not path.is_dir():
+        for number, line in read_lines(path, bad):
+            yield f"{path}:{number}", {"captions": line}
+        return
+    for file in filter(_is_text, walk_files(path)):
+        source = file.relative_to(path).as_posix().removesuffix(".gz").rpartition(".")[0]
+        for place, values in _text(file, options, bad):
+            yield place, values | {"source": source}
 
 
 def _json_lines(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
@@ -177,7 +197,7 @@ def _folder(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
         for file in files:
             if file.suffix.lower() in IMAGE_EXTENSIONS:
                 pairs[file.stem][0].append(file)
-            elif file.name.lower().endswith((".txt", ".txt.gz")):
+            elif _is_text(file):
                 pairs[file.name.removesuffix(".gz")[: -len(".txt")]][1].append(file)
         for stem, (images, texts) in sorted(pairs.items()):
             if len(images) != 1 or len(texts) != 1:

@@ -12,7 +12,9 @@ from clipcap_rag import (
     hub_commands,
     index_commands,
     index_edit_commands,
+    index_transfer_commands,
     prepare_commands,
+    tag_commands,
     training_commands,
 )
 from clipcap_rag.config import EvaluationConfig, GenerationConfig
@@ -163,6 +165,8 @@ COMMANDS = {
     "index compact": Command(index_edit_commands.compact_flags, index_edit_commands.compact),
     "index lint": Command(index_edit_commands.lint_flags, index_edit_commands.lint),
     "index verify": Command(index_commands.verify_flags, index_commands.verify),
+    "index import": Command(index_transfer_commands.import_flags, index_transfer_commands.import_),
+    "index export": Command(index_transfer_commands.export_flags, index_transfer_commands.export),
     "prepare coco": Command(prepare_commands.coco_flags, prepare_commands.coco),
     "prepare flickr": Command(prepare_commands.flickr_flags, prepare_commands.flickr),
     "prepare nocaps": Command(prepare_commands.nocaps_flags, prepare_commands.nocaps),
@@ -171,6 +175,7 @@ COMMANDS = {
     "train": Command(training_commands.train_flags, training_commands.train),
     "sweep": Command(training_commands.sweep_flags, training_commands.sweep),
     "caption": Command(caption_commands.caption_flags, caption_commands.caption),
+    "tag": Command(tag_commands.tag_flags, tag_commands.tag),
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),

@@ -189,6 +189,23 @@ class IndexConfig(Config):
         _require(self.index_latency > 0, f"index_latency is {self.index_latency}; it must be above 0 ms")
 
 
+IMPORT_FORMATS = ("auto", "antarctic", "clip-grams", "clip-retrieval", "parquet")
+EXPORT_FORMATS = ("antarctic", "clip-retrieval")
+
+
+@dataclass(frozen=True)
+class ImportConfig(Config):
+    """How an index of another project is read."""
+
+    format: str = option("auto", "whose layout it is", IMPORT_FORMATS)
+    caption_column: str | None = option(None, "Parquet column of the captions; default: a usual name")
+    embedding_column: str | None = option(None, "Parquet column of the embeddings; default: a usual name")
+    template: str | None = option(
+        None, "sentence that the captions were encoded in, {} in their place; default: the prefix that clip-grams wrote"
+    )
+    reencode: bool = option(False, "encode the captions also where embeddings are stored")
+
+
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
     """What is measured beside each index with each decoding."""

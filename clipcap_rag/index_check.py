@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcap_rag.artifact import check_whole_files
+from clipcap_rag.caption_template import fill_template, template_of
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_names import resolve_index
 from clipcap_rag.index_store import KIND, IndexFiles, open_files
@@ -60,7 +61,8 @@ def _encode_again(files: IndexFiles, rows: np.ndarray, clip: str | None, device:
     encoder = Encoder.load(clip or record["clip"], device, dtype, base=files.path)
     check_encoder(record, encoder, f"the index {files.path}")
     captions, stored = files.captions(rows), files.embeddings(rows)
-    cosines = np.einsum("nd,nd->n", stored, encoder.encode_text(captions).vectors)
+    texts = fill_template(template_of(files.manifest), captions)
+    cosines = np.einsum("nd,nd->n", stored, encoder.encode_text(texts).vectors)
     worst = int(cosines.argmin())
     if cosines[worst] < _SAME_CAPTION:
         raise InputError(

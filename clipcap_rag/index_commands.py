@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
+from clipcap_rag.caption_template import PLAIN
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
@@ -15,6 +16,7 @@ from clipcap_rag.flags import (
     make_config,
     positive,
 )
+from clipcap_rag.ngrams import PhraseOptions
 from clipcap_rag.output import DONE, print_json, status_of
 from clipcap_rag.progress import say
 from clipcap_rag.sources import SourceOptions
@@ -25,6 +27,9 @@ def build_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--clip", required=True, help=CLIP_HELP)
     add_out(parser)
     parser.add_argument("--licence", metavar="TEXT", help="terms of the captions, kept with the index")
+    add_config(parser, PhraseOptions, "phrases")
+    text = "what is encoded for a caption, {} in its place; the caption is kept without (default: {})"
+    parser.add_argument("--template", default=PLAIN, metavar="TEXT", help=text)
     add_config(parser, IndexConfig, "searching")
     text = "feature set of photos to tune an inexact search with (default: stored captions with noise)"
     parser.add_argument("--query-features", metavar="DIR", help=text)
@@ -40,6 +45,8 @@ def build(given: Namespace) -> int:
         given.clip,
         given.out,
         source_options=make_config(SourceOptions, given),
+        phrase_options=make_config(PhraseOptions, given),
+        template=given.template,
         index_config=make_config(IndexConfig, given),
         device=given.device,
         dtype=given.dtype,

@@ -1,7 +1,7 @@
 """Changes of an index that is there: captions added, removed, updated, and everything made one segment again."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from clipcap_rag import hub, shipped
 from clipcap_rag.artifact import resumable_directory
+from clipcap_rag.caption_template import fill_template, template_of
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_commit import ADDED, IndexChange, index_change
@@ -106,22 +107,29 @@ def add_caption_files(
     Raises:
         InputError: as `add_captions` and `index_builder.build_caption_index`.
     """
-    from clipcap_rag.index_builder import CHUNK, count_captions, encode_segment, encoding_job, source_records
+    from clipcap_rag.index_builder import count_captions
+    from clipcap_rag.index_entries import IndexEntries, encoding_job, source_records
+    from clipcap_rag.segment_encoding import CHUNK, encode_records, encode_segment
 
     path, paths, options = _editable(index), [Path(file) for file in files], source_options or SourceOptions()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     rows = count_captions(paths, options, BadLines(skip_bad))
-    records = read_captions(paths, options, BadLines(skip_bad))
+
+    def read() -> Iterator[CaptionRecord]:
+        return read_captions(paths, options, BadLines(skip_bad))
+
     if rows <= CHUNK:
-        return _add(path, list(records), encoder, wait, source_records(paths))
-    record, encoder = _checked(path, encoder)
+        return _add(path, list(read()), encoder, wait, source_records(paths))
+    manifest, encoder = _checked(path, encoder)
+    entries = IndexEntries(rows, read, paths, options.to_json(), template_of(manifest))
     with index_change(path, wait) as change:
-        _check_unchanged(change, record)
+        _check_unchanged(change, manifest)
         first = change.first_new_id()
-        job = encoding_job(paths, options, encoder, batch_size, rows) | {"first_id": first}
+        job = encoding_job(entries, encoder, batch_size) | {"first_id": first}
+        embed = encode_records(encoder, entries.template, batch_size)
         with resumable_directory(path / ADDED, job) as staging:
-            encode_segment(records, rows, encoder, batch_size, staging / "chunks", staging / "segment", first)
+            encode_segment(read(), rows, embed, encoder.dim, staging / "chunks", staging / "segment", first)
         change.take(rows)
         revision = change.commit(first + rows, source_records(paths))
     return IndexEdit(path, revision, [str(number) for number in range(first, first + rows)])
@@ -166,14 +174,14 @@ def update_caption(
     Raises:
         InputError: no caption has this id; otherwise as `add_captions`.
     """
-    from clipcap_rag.index_builder import record_batch
+    from clipcap_rag.segment_encoding import record_batch
 
     path = _editable(index)
     text = check_record("the caption", CaptionRecord(caption)).caption
-    record, encoder = _checked(path, encoder)
-    vectors = encoder.encode_text([text]).vectors
+    manifest, encoder = _checked(path, encoder)
+    vectors = encoder.encode_text(fill_template(template_of(manifest), [text])).vectors
     with index_change(path, wait) as change:
-        _check_unchanged(change, record)
+        _check_unchanged(change, manifest)
         mask = _found(change, {"caption_id": [caption_id]})
         (old,) = change.files.records(np.flatnonzero(mask)[-1:])
         change.remove(mask)
@@ -223,13 +231,15 @@ def _editable(index: str | Path) -> Path:
 def _add(
     path: Path, records: list[CaptionRecord], encoder: "Encoder | None", wait: float, sources: list[dict[str, Any]]
 ) -> IndexEdit:
-    from clipcap_rag.index_builder import record_batch
+    from clipcap_rag.segment_encoding import record_batch
 
-    record, encoder = _checked(path, encoder)
+    manifest, encoder = _checked(path, encoder)
+    template = template_of(manifest)
     parts = [records[start : start + _BATCH] for start in range(0, len(records), _BATCH)]
-    vectors = [encoder.encode_text([record.caption for record in part]).vectors for part in parts]
+    texts = [fill_template(template, [record.caption for record in part]) for part in parts]
+    vectors = [encoder.encode_text(part).vectors for part in texts]
     with index_change(path, wait) as change:
-        _check_unchanged(change, record)
+        _check_unchanged(change, manifest)
         first = change.first_new_id()
         numbers = iter(range(first, first + len(records)))
         batches = [record_batch(part, [next(numbers) for _ in part]) for part in parts]
@@ -239,18 +249,19 @@ def _add(
 
 
 def _checked(path: Path, encoder: "Encoder | None") -> tuple[dict[str, Any], "Encoder"]:
-    """What the index says of its CLIP model, and that model."""
-    record = read_index_manifest(path)["encoder"]
+    """What index.json says now, and the CLIP model of the index."""
+    manifest = read_index_manifest(path)
     if encoder is None:
-        return record, index_encoder(path)
+        return manifest, index_encoder(path)
     from clipcap_rag.encoder import check_encoder
 
-    check_encoder(record, encoder, f"the index {path}")
-    return record, encoder
+    check_encoder(manifest["encoder"], encoder, f"the index {path}")
+    return manifest, encoder
 
 
-def _check_unchanged(change: IndexChange, record: dict[str, Any]) -> None:
-    if change.manifest["encoder"] != record:
+def _check_unchanged(change: IndexChange, manifest: dict[str, Any]) -> None:
+    """Raises InputError if captions that were encoded for the index of `manifest` do not suit it any more."""
+    if change.manifest["encoder"] != manifest["encoder"] or template_of(change.manifest) != template_of(manifest):
         raise InputError(f"the index {change.path} was built anew meanwhile; run the same command again")
 
 

@@ -5,10 +5,11 @@ import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format
+from clipcap_rag.caption_formats import READERS, SourceOptions, detect_folder, detect_format
 from clipcap_rag.errors import InputError
 from clipcap_rag.lines import BadLines, short
 
@@ -66,7 +67,9 @@ def normalize_caption(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())  # without a mark between them letters may compose
 
 
-def read_captions(paths: Sequence[str | Path], options: SourceOptions, bad: BadLines) -> Iterator[CaptionRecord]:
+def read_captions(
+    paths: Sequence[str | Path], options: SourceOptions, bad: BadLines, *, prose: bool = False
+) -> Iterator[CaptionRecord]:
     """Streams the captions of files and folders; only COCO and Karpathy files are held in memory, one at a time.
 
     All text may be gzipped. White space in captions is folded. `image_id` is the stem of `image` unless the file
@@ -74,8 +77,10 @@ def read_captions(paths: Sequence[str | Path], options: SourceOptions, bad: BadL
     end of a file do not count, elsewhere they are bad.
 
     Args:
-        paths: files in one of the formats of `SourceOptions`, or folders of images with captions in same-stem .txt.
+        paths: files in one of the formats of `SourceOptions`, folders of images with captions in same-stem .txt, or
+            folders of .txt alone.
         bad: is told of every bad line, as `file:line: what`, or `file:annotations[number]: what` in JSON documents.
+        prose: blank texts part paragraphs and are not bad.
 
     Raises:
         InputError: at the call, a path is missing, empty or of no known format; while reading, a file is damaged or
@@ -85,7 +90,9 @@ def read_captions(paths: Sequence[str | Path], options: SourceOptions, bad: BadL
     if not sources:
         raise InputError("no caption file is given; name at least one")
     kinds = [_check(path, options) for path in sources]
-    return (record for path, kind in zip(sources, kinds, strict=True) for record in _read(path, kind, options, bad))
+    return chain.from_iterable(
+        _read(path, kind, options, bad, prose) for path, kind in zip(sources, kinds, strict=True)
+    )
 
 
 def _check(path: Path, options: SourceOptions) -> str:
@@ -93,9 +100,9 @@ def _check(path: Path, options: SourceOptions) -> str:
     if not os.path.exists(path):  # unlike path.exists() it takes a name that is too long
         raise InputError(f"there is no caption file {path}; check the path")
     if path.is_dir():
-        if options.format not in ("auto", "folder"):
+        if options.format not in ("auto", "folder", "text"):
             raise InputError(f"{path} is a folder, not a {options.format} file; name the file or use --format folder")
-        kind = "folder"
+        kind = detect_folder(path) if options.format == "auto" else options.format
     elif not path.is_file() or options.format == "folder":
         raise InputError(f"{path} is not a {'folder' if options.format == 'folder' else 'file'}; check the path")
     elif not path.stat().st_size:
@@ -107,11 +114,13 @@ def _check(path: Path, options: SourceOptions) -> str:
     return kind
 
 
-def _read(path: Path, kind: str, options: SourceOptions, bad: BadLines) -> Iterator[CaptionRecord]:
+def _read(path: Path, kind: str, options: SourceOptions, bad: BadLines, prose: bool) -> Iterator[CaptionRecord]:
     """The records of one source."""
     stem = path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".gz")).stem
     before, empty = bad.count, True
     for place, values in READERS[kind](path, options, bad):
+        if prose and isinstance(values["captions"], str) and not values["captions"].strip():
+            continue
         for record in caption_records(place, values, stem, bad):
             empty = False
             yield record

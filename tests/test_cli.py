@@ -15,9 +15,10 @@ from PIL import Image
 
 from clipcap_rag import cli
 from clipcap_rag.commands import COMMANDS
-from clipcap_rag.config import DownloadConfig, GenerationConfig, IndexConfig, ModelConfig, TrainConfig
+from clipcap_rag.config import DownloadConfig, GenerationConfig, ImportConfig, IndexConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
+from clipcap_rag.ngrams import PhraseOptions
 from clipcap_rag.sources import SourceOptions
 
 MINIMAL = {
@@ -34,6 +35,9 @@ MINIMAL = {
     "prepare flickr": ["--captions", "t.token", "--out", "o"],
     "prepare nocaps": ["--captions", "n.json", "--out", "o"],
     "prepare conceptual": ["list.tsv", "--out", "o"],
+    "index import": ["cache.txt", "--clip", "x", "--out", "o"],
+    "index export": ["name", "--format", "antarctic", "--out", "o"],
+    "tag": ["photo.jpg", "--index", "name"],
     "extract": ["--captions", "a.jsonl", "--images", "i", "--clip", "x", "--out", "o"],
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "sweep": ["seed=0,1", "--features", "f", "--validation-features", "v", "--language-model", "g", "--out", "o"],
@@ -49,6 +53,9 @@ MINIMAL = {
 MADE_FROM = [
     ("index build", IndexConfig, ()),
     ("index build", SourceOptions, ()),
+    ("index build", PhraseOptions, ()),
+    ("index import", IndexConfig, ()),
+    ("index import", ImportConfig, ()),
     ("extract", SourceOptions, ()),
     ("prepare conceptual", DownloadConfig, ()),
     ("train", ModelConfig, ("clip_dim", "lm_dim")),

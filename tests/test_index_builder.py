@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipcap_rag import index_builder
+from clipcap_rag import index_builder, segment_encoding
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.errors import InputError
@@ -52,7 +52,7 @@ class HashingEncoder:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(index_builder, "CHUNK", 8)
+    monkeypatch.setattr(segment_encoding, "CHUNK", 8)
 
 
 @pytest.fixture
@@ -141,7 +141,8 @@ def killed_build(source: Path, out: Path, config: IndexConfig, die_in: str | Non
     faiss.omp_set_num_threads(1)  # OpenMP's threads do not survive the fork
     torch.set_num_threads(1)
     if die_in:
-        setattr(index_builder, die_in, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        owner = segment_encoding if hasattr(segment_encoding, die_in) else index_builder
+        setattr(owner, die_in, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
     build_caption_index([source], "hashing", out, index_config=config)
 
 
@@ -202,7 +203,7 @@ def test_a_build_killed_between_its_steps_is_completed(tmp_path, hashing, source
 
 def interrupt_after(monkeypatch, chunks: int, error: BaseException) -> None:
     """Lets the build fail with `error` when it saves the chunk after the first `chunks`."""
-    save, saved = index_builder._save_chunk, []
+    save, saved = segment_encoding._save_chunk, []
 
     def failing(*args):
         if len(saved) == chunks:
@@ -210,7 +211,7 @@ def interrupt_after(monkeypatch, chunks: int, error: BaseException) -> None:
         saved.append(args)
         save(*args)
 
-    monkeypatch.setattr(index_builder, "_save_chunk", failing)
+    monkeypatch.setattr(segment_encoding, "_save_chunk", failing)
 
 
 def test_resume_encodes_only_what_is_missing(tmp_path, hashing, source, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clipcap_rag import index_builder, index_commit
+from clipcap_rag import index_builder, index_commit, segment_encoding
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig
 from clipcap_rag.encoder_record import encoder_record
@@ -258,7 +258,7 @@ def test_exact_and_inexact_segments_are_searched_together(tmp_path, key):
 
 
 def test_long_files_continue_where_a_kill_stopped_them(kites, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_builder, "CHUNK", 8)
+    monkeypatch.setattr(segment_encoding, "CHUNK", 8)
     monkeypatch.setattr(index_builder, "check_same_encoder", None)
     source = tmp_path / "boats.txt"
     source.write_text("".join(f"boat {number} sails\n" for number in range(50)))
