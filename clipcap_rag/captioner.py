@@ -11,20 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.encoder import Embeddings, Encoder, check_encoder, check_same_encoder
+from clipcap_rag.encoder import Embeddings, Encoder, check_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.generation import Written, write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.images import image_name
-from clipcap_rag.progress import say
+from clipcap_rag.index_choice import IndexChoice, OpenIndexes
 from clipcap_rag.rerank import Candidate, by_likelihood, by_similarity, distinct
-from clipcap_rag.retriever import Neighbor, Neighbors, Retriever, index_choice
+from clipcap_rag.retriever import Neighbor, Neighbors, Retriever
 from clipcap_rag.shipped import STARTER, mending, starter_checkpoint
-
-IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,6 @@ class Captioner:
         self.dtype = pick_dtype(dtype, self.device)
         self.model = checkpoint.model.to(self.device, self.dtype).eval()
         self._device_name, self._dtype_name, self._index_device, self._base = device, dtype, index_device, base
-        self._indexes: dict[str, CaptionIndex] = {}
 
     @classmethod
     def from_pretrained(
@@ -223,50 +219,13 @@ class Captioner:
             raise InputError("an embedding is zero or not finite; leave it out")
         return raw
 
-    # -- indexes
-
-    def open_index(self, index: str | Path | CaptionIndex) -> CaptionIndex:
-        """Opens an index, once, and checks that this model's CLIP made it."""
-        if isinstance(index, CaptionIndex):
-            opened = index
-        else:
-            opened = self._indexes.get(str(index)) or CaptionIndex.open(index, self._index_device)
-            self._indexes[str(index)] = opened
-        check_same_encoder(self.checkpoint.encoder, "the model", opened.encoder, f"the index {opened.path}")
-        return opened
+    @cached_property
+    def _indexes(self) -> OpenIndexes:
+        return OpenIndexes(self.checkpoint, self._index_device)
 
     def retriever(self, index: IndexChoice, num_neighbors: int | None = None) -> tuple[Retriever, int]:
         """The retriever over the chosen indexes and the number of neighbours; both as `caption` takes them."""
-        k = self.checkpoint.num_neighbors if num_neighbors is None else num_neighbors
-        if k < 0:
-            raise InputError(f"num_neighbors is {k}; it must be 0 or more")
-        if isinstance(index, str) and index == "default":
-            index = self._default_index() if k else None
-        elif index is not None and not self.model.mapper.uses_neighbors:
-            raise InputError(
-                f"this model's {self.checkpoint.config.mapper} mapper looks at no neighbours; "
-                "drop --index or train one with --mapper retrieval"
-            )
-        if index is None or k == 0:
-            return Retriever([]), 0
-        choices = [index] if isinstance(index, (str, Path, CaptionIndex)) else list(index)
-        named = [(choice, 1.0) if isinstance(choice, CaptionIndex) else index_choice(str(choice)) for choice in choices]
-        retriever = Retriever([self.open_index(choice) for choice, _ in named], [weight for _, weight in named])
-        held = sum(len(opened) for opened in retriever.indexes)
-        if k > held:
-            say(f"{k} neighbours were asked for but the index holds {held} captions; using what there is")
-        return retriever, k
-
-    def _default_index(self) -> str | None:
-        recorded = self.checkpoint.index
-        if recorded is None:
-            return None
-        if recorded["path"] == STARTER or Path(recorded["path"]).is_dir():
-            return recorded["path"]
-        raise InputError(
-            f"the index this model was trained with, {recorded['path']}, is gone; "
-            "pass --index NAME|PATH for another, or --no-retrieval"
-        )
+        return self._indexes.retriever(index, num_neighbors)
 
 
 def _is_one(images: Any) -> bool:
