@@ -65,7 +65,7 @@ def add_config(parser: argparse.ArgumentParser, config: type, title: str, omit: 
         if field.name in omit:
             continue
         kind, text = _plain(kinds[field.name]), field.metadata["help"].replace("%", "%%")
-        shown = text if field.default is None else f"{text} (default: {_shown(field.default)})"
+        shown = text if field.default in (None, "") else f"{text} (default: {_shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": shown}
         if kind is bool:
             group.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, **options)
