@@ -64,10 +64,10 @@ class StoredEmbeddings:
     def __len__(self) -> int:
         return len(self.names)
 
-    def part(self, rows: slice) -> Self:
+    def part(self, rows: Sequence[int]) -> Self:
         """Some of them."""
-        digests = self.digests and self.digests[rows]
-        return type(self)(self.vectors[rows], self.names[rows], digests, self.encoder)
+        digests = [self.digests[row] for row in rows] if self.digests else None
+        return type(self)(self.vectors[list(rows)], [self.names[row] for row in rows], digests, self.encoder)
 
     def check(self, encoder: dict[str, Any]) -> None:
         """Raises InputError unless they are usable vectors of the CLIP model with this record."""

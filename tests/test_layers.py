@@ -52,6 +52,7 @@ LAYERS = {
     "index_choice": 4,
     "caption_result": 4,
     "captioner": 5,
+    "many_devices": 6,
     "evaluation": 6,
     "doctor": 6,
     "bench_protocol": 5,
