@@ -34,7 +34,7 @@ class StoredEmbeddings:
     @classmethod
     def of(cls, vectors: Any) -> Self:
         """From an array [N, D] or [D]; the results are called embedding-0, embedding-1 and so on."""
-        vectors = np.atleast_2d(np.asarray(vectors))
+        vectors = np.atleast_2d(np.asanyarray(vectors))  # which leaves a memory map one
         if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
             raise InputError(f"embeddings are {vectors.dtype} of shape {vectors.shape}; give numbers [N, D]")
         return cls(vectors, [f"embedding-{row}" for row in range(len(vectors))])

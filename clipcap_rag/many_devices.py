@@ -113,7 +113,8 @@ def _workers(devices: Sequence[str]) -> Iterator[list[_Worker]]:
             for device in devices:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, device, threads))
-                process.start()
+                with _visible(device):
+                    process.start()
                 theirs.close()  # or its end would go unnoticed
                 workers.append(_Worker(device, process, ours))
         yield workers
@@ -137,18 +138,31 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def _visible(device: str) -> Iterator[None]:
+    """Processes started inside see no GPU but this one, so that FAISS takes the same."""
+    name = "CUDA_VISIBLE_DEVICES"
+    kind, _, number = device.partition(":")
+    before = os.environ.get(name)
+    visible = dict(enumerate(before.split(","))) if before else {}
+    if kind == "cuda":
+        os.environ[name] = visible.get(int(number or 0), number or "0")
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _work(connection: Connection, device: str, threads: int) -> None:
     """What a process does: takes one job, sends its results, and at last, or at once if it fails, a sentence."""
     if device == "cpu":
         torch.set_num_threads(threads)
-    else:  # alone with its GPU, so that FAISS takes the same one
-        number = int(device.partition(":")[2] or 0)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
-        device = "cuda"
     try:
         job = connection.recv()
-        captioner = Captioner.from_pretrained(job.pop("model"), device, job.pop("dtype"), job.pop("index_device"))
+        kind = device.partition(":")[0]  # of GPUs it sees its own alone
+        captioner = Captioner.from_pretrained(job.pop("model"), kind, job.pop("dtype"), job.pop("index_device"))
         for result in captioner.stream(**job):
             connection.send(result)
         reason = "no result came"

@@ -108,11 +108,3 @@ def test_the_prefix_as_words(caption, photos):
     out, _, _ = caption(photos[0], "--explain-prefix")
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [["prefix", str(number)] for number in range(3)]
     assert f"{words[0][0]['word']!r} {words[0][0]['similarity']:.2f}" in out
-
-
-def test_two_processes_from_the_command_line(world, photos, capsys, tmp_path):
-    arguments = ["caption", *map(str, photos), str(tmp_path / "none.jpg"), "--model", str(world.run), "--json"]
-    assert cli.main([*arguments, "--device", "cpu,cpu", "--batch-size", "1"]) == 1
-    results = {result["image"]: result for result in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert set(results) == {*map(str, photos), str(tmp_path / "none.jpg")}
-    assert [bool(result["caption"]) for result in results.values()].count(True) == 2
