@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Captioner": "captioner",
     "CaptionIndex": "caption_index",
-    "CaptionResult": "captioner",
+    "CaptionResult": "caption_result",
     "GenerationConfig": "config",
     "InputError": "errors",
     "build_caption_index": "index_builder",

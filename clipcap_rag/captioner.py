@@ -1,8 +1,6 @@
 """The public API: photos or embeddings in, captions with their candidates and neighbours out."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,36 +9,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.caption_inputs import StoredEmbeddings, checked_texts, text_batches
+from clipcap_rag.caption_result import CaptionResult
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.encoder import Embeddings, Encoder, check_encoder, check_same_encoder
+from clipcap_rag.encoder import Embeddings, EncodedImages, Encoder, check_encoder
 from clipcap_rag.errors import InputError
-from clipcap_rag.generation import Written, write_captions
+from clipcap_rag.generation import write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.images import image_name
-from clipcap_rag.progress import say
-from clipcap_rag.rerank import Candidate, by_likelihood, by_similarity, distinct
-from clipcap_rag.retriever import Neighbor, Neighbors, Retriever, index_choice
+from clipcap_rag.index_choice import IndexChoice, OpenIndexes
+from clipcap_rag.prefix_words import PrefixWord, prefix_words
+from clipcap_rag.ranker import Ranker
+from clipcap_rag.rerank import Candidate
+from clipcap_rag.retriever import Neighbors, Retriever
 from clipcap_rag.shipped import STARTER, mending, starter_checkpoint
-
-IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | None
-
-
-@dataclass(frozen=True)
-class CaptionResult:
-    """What came of one image; `error` is a sentence when it could not be captioned, and then `caption` is None."""
-
-    image: str
-    caption: str | None
-    candidates: list[Candidate] = field(default_factory=list)
-    neighbors: list[Neighbor] = field(default_factory=list)
-    error: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `clipcap-rag caption --json` prints for this image."""
-        candidates = [candidate.to_json() for candidate in self.candidates]
-        return dataclasses.asdict(self) | {"candidates": candidates}
 
 
 class Captioner:
@@ -60,7 +43,6 @@ class Captioner:
         self.dtype = pick_dtype(dtype, self.device)
         self.model = checkpoint.model.to(self.device, self.dtype).eval()
         self._device_name, self._dtype_name, self._index_device, self._base = device, dtype, index_device, base
-        self._indexes: dict[str, CaptionIndex] = {}
 
     @classmethod
     def from_pretrained(
@@ -97,75 +79,100 @@ class Captioner:
     def caption(
         self,
         images: Any = None,
-        embeddings: np.ndarray | None = None,
+        embeddings: np.ndarray | StoredEmbeddings | None = None,
         index: IndexChoice = "default",
         num_neighbors: int | None = None,
         generation: GenerationConfig | None = None,
         batch_size: int = 16,
         workers: int = 0,
+        texts: Sequence[str] | None = None,
+        explain_prefix: bool = False,
     ) -> list[CaptionResult]:
         """Captions images, one result each, in order.
 
         Args:
             images: one image or several: paths, PIL images, arrays [H, W, 3] or [N, H, W, 3], or encoded bytes.
-            embeddings: CLIP image embeddings [N, D] instead of images, as they come from the tower.
+            embeddings: CLIP image embeddings [N, D] instead of images, as they come from the tower, or a
+                `StoredEmbeddings`, which names them.
             index: "default" for the one the model was trained with, None for no retrieval, a name or path, an open
                 `CaptionIndex`, or a list of these, where a string may end in ":WEIGHT".
             num_neighbors: neighbours in all (K); 0 turns retrieval off; None takes the checkpoint's number.
             generation: how captions are written and ranked.
             batch_size: images at a time.
             workers: processes that decode images.
+            texts: sentences instead of images; CLIP's text embedding takes the place of the image's.
+            explain_prefix: fill `CaptionResult.prefix_words`.
 
         Raises:
-            InputError: an index that is missing or was built with another CLIP model, or embeddings of another width.
+            InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
+                another CLIP model, or a prompt that does not fit.
         """
-        return list(self.stream(images, embeddings, index, num_neighbors, generation, batch_size, workers))
+        return list(
+            self.stream(
+                images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix
+            )
+        )
 
     def stream(
         self,
         images: Any = None,
-        embeddings: np.ndarray | None = None,
+        embeddings: np.ndarray | StoredEmbeddings | None = None,
         index: IndexChoice = "default",
         num_neighbors: int | None = None,
         generation: GenerationConfig | None = None,
         batch_size: int = 16,
         workers: int = 0,
+        texts: Sequence[str] | None = None,
+        explain_prefix: bool = False,
     ) -> Iterator[CaptionResult]:
         """Like `caption`, but yields each result as soon as its batch is done."""
-        if (images is None) == (embeddings is None):
-            raise InputError("give either images or embeddings")
         generation = generation or GenerationConfig()
         retriever, k = self.retriever(index, num_neighbors)
-        if images is not None:
-            images = [images] if _is_one(images) else list(images)
-            names = [image_name(image, position) for position, image in enumerate(images)]
-            batches = ((part.embeddings, part.digests, part.errors) for part in
-                       self.encoder.iter_images(images, batch_size, workers))  # fmt: skip
-        else:
-            raw = self._checked(embeddings)
-            names = [f"embedding-{position}" for position in range(len(raw))]
-            batches = _embedding_batches(raw, batch_size)
-        start = 0
-        for vectors, digests, errors in batches:
-            good = [place for place, error in enumerate(errors) if error is None]
-            kept = Embeddings(vectors.vectors[good], vectors.norms[good])
+        names, batches = self._inputs(images, embeddings, texts, batch_size, workers)
+        ranker, start = Ranker(self.encoder), 0
+        for batch in batches:
+            good = [place for place, error in enumerate(batch.errors) if error is None]
+            kept = Embeddings(batch.embeddings.vectors[good], batch.embeddings.norms[good])
             neighbors = retriever.search(kept.vectors, k)
-            ranked = iter(self.write(kept, neighbors, [digests[place] for place in good], generation))
+            ranked = iter(self.write(kept, neighbors, [batch.digests[place] for place in good], generation, ranker))
             listed = iter(neighbors.listed())
-            for place, error in enumerate(errors):
+            explained = iter(self._explained(kept, neighbors) if explain_prefix else [None] * len(good))
+            for place, error in enumerate(batch.errors):
                 name = names[start + place]
                 if error is not None:
                     yield CaptionResult(name, None, error=error)
                     continue
-                candidates, around = next(ranked), next(listed)
+                candidates, around, words = next(ranked), next(listed), next(explained)
                 if candidates:
-                    yield CaptionResult(name, candidates[0].caption, candidates, around)
+                    yield CaptionResult(name, candidates[0].caption, candidates, around, prefix_words=words)
                 else:
                     yield CaptionResult(name, None, error=f"{name}: the model wrote no words; try --decoding beam")
-            start += len(errors)
+            start += len(batch.errors)
+
+    def _inputs(
+        self, images: Any, embeddings: Any, texts: Sequence[str] | None, batch_size: int, workers: int
+    ) -> tuple[list[str], Iterator[EncodedImages]]:
+        """The names of what is captioned, and its embeddings batch by batch."""
+        if sum(given is not None for given in (images, embeddings, texts)) != 1:
+            raise InputError("give either images or embeddings or texts")
+        if images is not None:
+            images = [images] if _is_one(images) else list(images)
+            names = [image_name(image, position) for position, image in enumerate(images)]
+            return names, self.encoder.iter_images(images, batch_size, workers)
+        if embeddings is not None:
+            stored = embeddings if isinstance(embeddings, StoredEmbeddings) else StoredEmbeddings.of(embeddings)
+            stored.check(self.checkpoint.encoder)
+            return stored.names, stored.batches(batch_size)
+        texts = checked_texts(texts)
+        return texts, text_batches(self.encoder, texts, batch_size)
 
     def write(
-        self, images: Embeddings, neighbors: Neighbors, digests: Sequence[bytes], generation: GenerationConfig
+        self,
+        images: Embeddings,
+        neighbors: Neighbors,
+        digests: Sequence[bytes],
+        generation: GenerationConfig,
+        ranker: Ranker | None = None,
     ) -> list[list[Candidate]]:
         """Candidates, best first, for image embeddings and the neighbours they are to be written with.
 
@@ -173,6 +180,7 @@ class Captioner:
             images: B image embeddings.
             neighbors: K neighbours of each; K may be 0.
             digests: per image, the bytes that with the seed determine its samples.
+            ranker: the one of earlier calls, which knows the texts that it has seen.
         """
         if not len(images.vectors):
             return []
@@ -182,7 +190,7 @@ class Captioner:
             part = slice(start, start + limit)
             prefix = self._prefix(images, neighbors, part)
             written += write_captions(self.model, self.checkpoint.tokenizer, prefix, generation, list(digests[part]))
-        return self._rank([distinct(candidates) for candidates in written], images.vectors, generation)
+        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
 
     @torch.inference_mode()
     def _prefix(self, images: Embeddings, neighbors: Neighbors, part: slice) -> torch.Tensor:
@@ -195,86 +203,18 @@ class Captioner:
             tensors.append(torch.from_numpy(neighbors.mask[part]).to(self.device))
         return self.model.prefix(*tensors)
 
-    def _rank(
-        self, written: list[list[Written]], images: np.ndarray, generation: GenerationConfig
-    ) -> list[list[Candidate]]:
-        """Embeds each distinct text once and orders the candidates of each image."""
-        texts = list(dict.fromkeys(candidate.caption for candidates in written for candidate in candidates))
-        if not texts:
-            return [[] for _ in written]
-        place = {text: number for number, text in enumerate(texts)}
-        embedded = self.encoder.encode_text(texts).vectors
-        ranked = []
-        for candidates, image in zip(written, images, strict=True):
-            similarities = embedded[[place[candidate.caption] for candidate in candidates]] @ image
-            if generation.decoding == "sample":
-                weight = generation.log_probability_weight
-                ranked.append(by_similarity(candidates, similarities, self.encoder.logit_scale, weight))
-            else:
-                ranked.append(by_likelihood(candidates, similarities))
-        return ranked
+    def _explained(self, images: Embeddings, neighbors: Neighbors) -> list[list[list[PrefixWord]]]:
+        prefix = self._prefix(images, neighbors, slice(None))
+        return prefix_words(self.model, self.checkpoint.tokenizer, prefix)
 
-    def _checked(self, embeddings: np.ndarray) -> np.ndarray:
-        raw = np.atleast_2d(np.asarray(embeddings, np.float32))
-        dim = self.checkpoint.config.clip_dim
-        if raw.ndim != 2 or raw.shape[1] != dim:
-            raise InputError(f"embeddings have shape {raw.shape}; this model reads [N, {dim}]")
-        if not np.isfinite(raw).all() or not np.linalg.norm(raw, axis=1).all():
-            raise InputError("an embedding is zero or not finite; leave it out")
-        return raw
-
-    # -- indexes
-
-    def open_index(self, index: str | Path | CaptionIndex) -> CaptionIndex:
-        """Opens an index, once, and checks that this model's CLIP made it."""
-        if isinstance(index, CaptionIndex):
-            opened = index
-        else:
-            opened = self._indexes.get(str(index)) or CaptionIndex.open(index, self._index_device)
-            self._indexes[str(index)] = opened
-        check_same_encoder(self.checkpoint.encoder, "the model", opened.encoder, f"the index {opened.path}")
-        return opened
+    @cached_property
+    def _indexes(self) -> OpenIndexes:
+        return OpenIndexes(self.checkpoint, self._index_device)
 
     def retriever(self, index: IndexChoice, num_neighbors: int | None = None) -> tuple[Retriever, int]:
         """The retriever over the chosen indexes and the number of neighbours; both as `caption` takes them."""
-        k = self.checkpoint.num_neighbors if num_neighbors is None else num_neighbors
-        if k < 0:
-            raise InputError(f"num_neighbors is {k}; it must be 0 or more")
-        if isinstance(index, str) and index == "default":
-            index = self._default_index() if k else None
-        elif index is not None and not self.model.mapper.uses_neighbors:
-            raise InputError(
-                f"this model's {self.checkpoint.config.mapper} mapper looks at no neighbours; "
-                "drop --index or train one with --mapper retrieval"
-            )
-        if index is None or k == 0:
-            return Retriever([]), 0
-        choices = [index] if isinstance(index, (str, Path, CaptionIndex)) else list(index)
-        named = [(choice, 1.0) if isinstance(choice, CaptionIndex) else index_choice(str(choice)) for choice in choices]
-        retriever = Retriever([self.open_index(choice) for choice, _ in named], [weight for _, weight in named])
-        held = sum(len(opened) for opened in retriever.indexes)
-        if k > held:
-            say(f"{k} neighbours were asked for but the index holds {held} captions; using what there is")
-        return retriever, k
-
-    def _default_index(self) -> str | None:
-        recorded = self.checkpoint.index
-        if recorded is None:
-            return None
-        if recorded["path"] == STARTER or Path(recorded["path"]).is_dir():
-            return recorded["path"]
-        raise InputError(
-            f"the index this model was trained with, {recorded['path']}, is gone; "
-            "pass --index NAME|PATH for another, or --no-retrieval"
-        )
+        return self._indexes.retriever(index, num_neighbors)
 
 
 def _is_one(images: Any) -> bool:
     return isinstance(images, str | bytes | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
-
-
-def _embedding_batches(raw: np.ndarray, size: int) -> Iterator[tuple[Embeddings, list[bytes], list[None]]]:
-    for start in range(0, len(raw), size):
-        part = raw[start : start + size]
-        norms = np.linalg.norm(part, axis=1)
-        yield Embeddings(part / norms[:, None], norms), [row.tobytes() for row in part], [None] * len(part)

@@ -84,7 +84,13 @@ class GenerationConfig(Config):
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
+    prompt: str = option("", "words that every caption starts with; the model continues them")
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
+
+    @property
+    def captions_per_image(self) -> int:
+        """How many are written; equal ones are merged afterwards."""
+        return {"greedy": 1, "sample": self.candidates, "beam": self.num_beams}[self.decoding]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,6 +19,7 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.metrics import caption_metrics, recall_at, require_metrics
 from clipcap_rag.progress import bar, say
+from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate, reweighted
 from clipcap_rag.retriever import Exclusion, Neighbors, Retriever
 
@@ -150,12 +151,12 @@ def _random(index: CaptionIndex, images: Embeddings, k: int) -> _Condition:
 def _write(
     captioner: Captioner, images: Embeddings, condition: _Condition, digests: list[bytes], settings: GenerationConfig
 ) -> list[list[Candidate]]:
-    ranked = []
+    ranked, ranker = [], Ranker(captioner.encoder)
     with bar(f"{condition.name}, {settings.decoding}", total=len(digests), unit="photo") as progress:
         for start in range(0, len(digests), _PHOTOS):
             part = slice(start, start + _PHOTOS)
             chosen = Embeddings(images.vectors[part], images.norms[part])
-            ranked += captioner.write(chosen, condition.neighbors.part(part), digests[part], settings)
+            ranked += captioner.write(chosen, condition.neighbors.part(part), digests[part], settings, ranker)
             progress.update(len(digests[part]))
     return ranked
 

@@ -65,7 +65,7 @@ def add_config(parser: argparse.ArgumentParser, config: type, title: str, omit: 
         if field.name in omit:
             continue
         kind, text = _plain(kinds[field.name]), field.metadata["help"].replace("%", "%%")
-        shown = text if field.default is None else f"{text} (default: {_shown(field.default)})"
+        shown = text if field.default in (None, "") else f"{text} (default: {_shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": shown}
         if kind is bool:
             group.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, **options)
@@ -96,10 +96,15 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def add_compute(parser: argparse.ArgumentParser, batch_size: int | None = None, workers: int | None = None) -> None:
+def add_compute(
+    parser: argparse.ArgumentParser,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str = "auto, cpu, cuda or cuda:N",
+) -> None:
     """Adds --device and --dtype, and --batch-size and --workers with the defaults given."""
     group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--device", default="auto", help=f"{device} (default: auto)")
     group.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     if batch_size:
         text = f"inputs encoded at a time (default: {batch_size})"

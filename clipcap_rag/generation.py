@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from clipcap_rag.config import GenerationConfig
+from clipcap_rag.errors import InputError
 from clipcap_rag.model import CaptionModel
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
@@ -19,7 +20,13 @@ _LOOK_EVERY = 8  # steps between two looks, on a GPU, at what is finished: each 
 
 @dataclass(frozen=True)
 class Written:
-    """A caption as the language model wrote it; `log_probability` in nats, over all `tokens` with the end token."""
+    """A caption as the language model wrote it, behind its prompt if there was one.
+
+    Attributes:
+        caption: the prompt and what was written after it.
+        tokens: what was written, with the end token; the prompt is not among them.
+        log_probability: in nats, over `tokens`.
+    """
 
     caption: str
     tokens: tuple[int, ...]
@@ -42,10 +49,20 @@ def write_captions(
     Args:
         prefix: [B, P, E].
         digests: per image, the bytes that together with the seed determine its samples.
+
+    Raises:
+        InputError: the prompt leaves the language model no position to write at.
     """
-    longest = model.language_model.config.n_positions - prefix.shape[1]
-    steps = min(config.max_new_tokens, longest)
-    per_image = {"greedy": 1, "sample": config.candidates, "beam": config.num_beams}[config.decoding]
+    prompt = prompt_tokens(tokenizer, config.prompt)
+    longest = model.language_model.config.n_positions - prefix.shape[1] - len(prompt)
+    if longest < 1:
+        raise InputError(
+            f"the prompt has {len(prompt)} tokens, and this model has room for {longest + len(prompt) - 1} "
+            "and a word; shorten --prompt"
+        )
+    words = model.language_model.get_input_embeddings()(torch.tensor(prompt, dtype=torch.long, device=prefix.device))
+    prefix = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
+    steps, per_image = min(config.max_new_tokens, longest), config.captions_per_image
     images = max(1, _SEQUENCES // per_image)
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
@@ -56,12 +73,26 @@ def write_captions(
         else:
             decoded = _sample(model, cache, logits, config, per_image, digests[start : start + images], steps)
         for sequences in decoded:
-            written.append([_read(tokenizer, model.end_token, *sequence) for sequence in sequences])
+            written.append([_read(tokenizer, model.end_token, prompt, *sequence) for sequence in sequences])
     return written
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, end: int, tokens: list[int], log_probability: float) -> Written:
-    text = tokenizer.decode([token for token in tokens if token != end], skip_special_tokens=True)
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of a prompt, made as training makes those of a caption; none for an empty one.
+
+    A space at its end is left out, because the token of the next word brings its own.
+    """
+    text = " ".join(prompt.split())
+    tokens = tokenizer(text, verbose=False)["input_ids"] if text else []
+    if tokenizer.eos_token_id in tokens:
+        raise InputError(f"the prompt {prompt!r} holds {tokenizer.eos_token}, which ends a caption; leave it out")
+    return tokens
+
+
+def _read(
+    tokenizer: PreTrainedTokenizerBase, end: int, prompt: list[int], tokens: list[int], log_probability: float
+) -> Written:
+    text = tokenizer.decode([*prompt, *(token for token in tokens if token != end)], skip_special_tokens=True)
     return Written(" ".join(text.split()), tuple(tokens), log_probability)
 
 

@@ -28,6 +28,19 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
+def pick_devices(devices: str = "auto") -> list[str]:
+    """The devices for `all` GPUs, or for names separated by commas, each as `pick_device` takes it.
+
+    Raises:
+        InputError: one of them is not there, or for `all` there is no GPU.
+    """
+    if devices == "all":
+        if not torch.cuda.is_available():
+            raise InputError("device all means every GPU, and there is none; use --device cpu or auto")
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [str(pick_device(device.strip())) for device in devices.split(",")]
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The number format for `auto` or a name: bfloat16 where the hardware is really faster in it, else float32.
 

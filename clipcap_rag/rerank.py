@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,21 @@ from clipcap_rag.generation import Written
 
 @dataclass(frozen=True)
 class Candidate:
-    """One caption: its cosine with the image, its log-probability (nats, over `tokens` tokens) and its rank score."""
+    """One caption.
+
+    Attributes:
+        clip_similarity: its cosine with the image.
+        log_probability: in nats, over its `tokens` tokens; words of a prompt do not count.
+        score: what it is ranked by, larger is better.
+        embedding: [D] float32, its CLIP text embedding of unit length.
+    """
 
     caption: str
     clip_similarity: float
     log_probability: float
     score: float
     tokens: int
+    embedding: np.ndarray = field(compare=False, repr=False)
 
     @property
     def mean_log_probability(self) -> float:
@@ -41,7 +49,11 @@ def distinct(written: Sequence[Written]) -> list[Written]:
 
 
 def by_similarity(
-    written: Sequence[Written], similarities: np.ndarray, logit_scale: float, log_probability_weight: float
+    written: Sequence[Written],
+    embeddings: np.ndarray,
+    image: np.ndarray,
+    logit_scale: float,
+    log_probability_weight: float,
 ) -> list[Candidate]:
     """Best first by clip_similarity + weight x mean log-probability / logit_scale; ties keep their order.
 
@@ -49,8 +61,12 @@ def by_similarity(
     so dividing by it makes one weight serve encoders whose cosines spread differently. `clipcap-rag evaluate
     --rerank-sweep` finds the weight for a model. The sum of log-probabilities would favour
     short captions.
+
+    Args:
+        embeddings: [N, D] of the N captions, unit length.
+        image: [D], unit length.
     """
-    return reweighted(by_likelihood(written, similarities), logit_scale, log_probability_weight)
+    return reweighted(by_likelihood(written, embeddings, image), logit_scale, log_probability_weight)
 
 
 def reweighted(candidates: Sequence[Candidate], logit_scale: float, log_probability_weight: float) -> list[Candidate]:
@@ -62,7 +78,7 @@ def reweighted(candidates: Sequence[Candidate], logit_scale: float, log_probabil
     )
 
 
-def by_likelihood(written: Sequence[Written], similarities: np.ndarray) -> list[Candidate]:
+def by_likelihood(written: Sequence[Written], embeddings: np.ndarray, image: np.ndarray) -> list[Candidate]:
     """Best first by mean log-probability per token, the order of greedy and beam search; that mean is the score."""
     return _best_first(
         Candidate(
@@ -71,8 +87,9 @@ def by_likelihood(written: Sequence[Written], similarities: np.ndarray) -> list[
             found.log_probability,
             found.log_probability / len(found.tokens),
             len(found.tokens),
+            embedding,
         )
-        for found, similarity in zip(written, similarities, strict=True)
+        for found, similarity, embedding in zip(written, embeddings @ image, embeddings, strict=True)
     )
 
 

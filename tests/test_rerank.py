@@ -21,18 +21,19 @@ def test_equal_strings_are_one_candidate_and_the_likeliest_stays():
 
 
 def test_similarity_alone_and_with_likelihood():
-    kept, similarities = distinct(WRITTEN), np.array([0.30, 0.32], np.float32)
-    alone = by_similarity(kept, similarities, 100.0, 0.0)
+    kept, embeddings, image = distinct(WRITTEN), np.array([[0.30, 1], [0.32, 2]]), np.array([1.0, 0.0])
+    alone = by_similarity(kept, embeddings, image, 100.0, 0.0)
     assert [candidate.caption for candidate in alone] == ["a blue kite", "a red kite"]
     assert alone[0].score == pytest.approx(0.32)
-    weighed = by_similarity(kept, similarities, 100.0, 5.0)
+    weighed = by_similarity(kept, embeddings, image, 100.0, 5.0)
     assert [candidate.caption for candidate in weighed] == ["a red kite", "a blue kite"]
     assert weighed[0].score == pytest.approx(0.30 - 5 * 1.0 / 100)
     assert weighed[1].score == pytest.approx(0.32 - 5 * 1.5 / 100)
     assert weighed[0].clip_similarity == pytest.approx(0.30)
     assert reweighted(alone, 100.0, 5.0) == weighed
+    assert [candidate.embedding[1] for candidate in weighed] == [1, 2]  # it moves with its caption
 
 
 def test_likelihood_order_is_the_mean_per_token():
-    ranked = by_likelihood(WRITTEN[:3], np.zeros(3))
+    ranked = by_likelihood(WRITTEN[:3], np.zeros((3, 2)), np.zeros(2))
     assert [candidate.score for candidate in ranked] == pytest.approx([-1.0, -1.0, -1.5])
