@@ -13,6 +13,7 @@ from PIL import Image
 
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
+from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Embeddings, Encoder, check_encoder, check_same_encoder
 from clipcap_rag.errors import InputError
@@ -86,6 +87,23 @@ class Captioner:
                 raise InputError(f"{path} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
         return cls(read_checkpoint(folder), base=folder, **options)
 
+    @classmethod
+    def from_clipcap(
+        cls,
+        path: str | Path,
+        clip: str | None = None,
+        language_model: str | None = None,
+        normalize: bool | None = None,
+        stop_token: str = ".",
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> "Captioner":
+        """Opens weights as ClipCap publishes them; arguments and errors are those of `clipcap_checkpoint`."""
+        checkpoint, encoder = clipcap_checkpoint(path, clip, language_model, normalize, stop_token, device, dtype)
+        captioner = cls(checkpoint, device=device, dtype=dtype)
+        captioner.encoder = encoder
+        return captioner
+
     @cached_property
     def encoder(self) -> Encoder:
         """The CLIP model that the checkpoint was trained with, loaded when first needed and checked by its probes."""
@@ -103,6 +121,7 @@ class Captioner:
         generation: GenerationConfig | None = None,
         batch_size: int = 16,
         workers: int = 0,
+        **settings: Any,
     ) -> list[CaptionResult]:
         """Captions images, one result each, in order.
 
@@ -115,11 +134,13 @@ class Captioner:
             generation: how captions are written and ranked.
             batch_size: images at a time.
             workers: processes that decode images.
+            settings: fields of `GenerationConfig` by name, in place of those of `generation`.
 
         Raises:
-            InputError: an index that is missing or was built with another CLIP model, or embeddings of another width.
+            InputError: an index that is missing or was built with another CLIP model, embeddings of another width, or
+                an unknown setting.
         """
-        return list(self.stream(images, embeddings, index, num_neighbors, generation, batch_size, workers))
+        return list(self.stream(images, embeddings, index, num_neighbors, generation, batch_size, workers, **settings))
 
     def stream(
         self,
@@ -130,11 +151,12 @@ class Captioner:
         generation: GenerationConfig | None = None,
         batch_size: int = 16,
         workers: int = 0,
+        **settings: Any,
     ) -> Iterator[CaptionResult]:
         """Like `caption`, but yields each result as soon as its batch is done."""
         if (images is None) == (embeddings is None):
             raise InputError("give either images or embeddings")
-        generation = generation or GenerationConfig()
+        generation = (generation or GenerationConfig()).replaced(**settings)
         retriever, k = self.retriever(index, num_neighbors)
         if images is not None:
             images = [images] if _is_one(images) else list(images)
@@ -158,7 +180,7 @@ class Captioner:
                     yield CaptionResult(name, None, error=error)
                     continue
                 candidates, around = next(ranked), next(listed)
-                if candidates:
+                if candidates and candidates[0].caption:
                     yield CaptionResult(name, candidates[0].caption, candidates, around)
                 else:
                     yield CaptionResult(name, None, error=f"{name}: the model wrote no words; try --decoding beam")
@@ -181,8 +203,17 @@ class Captioner:
         for start in range(0, len(images.vectors), limit):
             part = slice(start, start + limit)
             prefix = self._prefix(images, neighbors, part)
-            written += write_captions(self.model, self.checkpoint.tokenizer, prefix, generation, list(digests[part]))
-        return self._rank([distinct(candidates) for candidates in written], images.vectors, generation)
+            written += write_captions(
+                self.model,
+                self.checkpoint.tokenizer,
+                prefix,
+                generation,
+                list(digests[part]),
+                self.checkpoint.stop_token,
+            )
+        if generation.decoding != "clipcap":  # which gives all its beams
+            written = [distinct(candidates) for candidates in written]
+        return self._rank(written, images.vectors, generation)
 
     @torch.inference_mode()
     def _prefix(self, images: Embeddings, neighbors: Neighbors, part: slice) -> torch.Tensor:

@@ -26,7 +26,7 @@ def build_parser() -> Parser:
         if group not in groups:
             members = [other.split()[-1] for other in COMMANDS if other.startswith(group + " ")]
             text = f"{', '.join(members)}: see clipcap-rag {group} --help"
-            owner = groups[""].add_parser(group, help=text, description=f"Commands for a caption {group}.")
+            owner = groups[""].add_parser(group, help=text, description=f"The commands of clipcap-rag {group}.")
             groups[group] = owner.add_subparsers(title="commands", metavar="COMMAND", required=True)
         description = (command.run.__doc__ or "").strip()
         added = groups[group].add_parser(name, help=description.partition("\n")[0], description=description)

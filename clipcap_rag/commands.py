@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import index_commands
+from clipcap_rag import convert_commands, index_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
@@ -256,6 +256,7 @@ COMMANDS = {
     "train": Command(_train_flags, train),
     "caption": Command(_caption_flags, caption),
     "evaluate": Command(_evaluate_flags, evaluate),
+    "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

@@ -29,6 +29,7 @@ MINIMAL = {
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
+    "convert clipcap": ["w.pt", "--out", "o"],
     "bench": ["--out", "o"],
     "doctor": [],
 }
