@@ -12,6 +12,7 @@ from PIL import Image
 from clipcap_rag.caption_inputs import StoredEmbeddings, checked_texts, text_batches
 from clipcap_rag.caption_result import CaptionResult
 from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
+from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Embeddings, EncodedImages, Encoder, check_encoder
 from clipcap_rag.errors import InputError
@@ -68,6 +69,23 @@ class Captioner:
                 raise InputError(f"{path} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
         return cls(read_checkpoint(folder), base=folder, **options)
 
+    @classmethod
+    def from_clipcap(
+        cls,
+        path: str | Path,
+        clip: str | None = None,
+        language_model: str | None = None,
+        normalize: bool | None = None,
+        stop_token: str = ".",
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> "Captioner":
+        """Opens weights as ClipCap publishes them; arguments and errors are those of `clipcap_checkpoint`."""
+        checkpoint, encoder = clipcap_checkpoint(path, clip, language_model, normalize, stop_token, device, dtype)
+        captioner = cls(checkpoint, device=device, dtype=dtype)
+        captioner.encoder = encoder
+        return captioner
+
     @cached_property
     def encoder(self) -> Encoder:
         """The CLIP model that the checkpoint was trained with, loaded when first needed and checked by its probes."""
@@ -87,6 +105,7 @@ class Captioner:
         workers: int = 0,
         texts: Sequence[str] | None = None,
         explain_prefix: bool = False,
+        **settings: Any,
     ) -> list[CaptionResult]:
         """Captions images, one result each, in order.
 
@@ -102,16 +121,14 @@ class Captioner:
             workers: processes that decode images.
             texts: sentences instead of images; CLIP's text embedding takes the place of the image's.
             explain_prefix: fill `CaptionResult.prefix_words`.
+            settings: fields of `GenerationConfig` by name, in place of those of `generation`.
 
         Raises:
             InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
-                another CLIP model, or a prompt that does not fit.
+                another CLIP model, an unknown setting, or a prompt that does not fit.
         """
-        return list(
-            self.stream(
-                images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix
-            )
-        )
+        given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
+        return list(self.stream(*given, **settings))
 
     def stream(
         self,
@@ -124,9 +141,10 @@ class Captioner:
         workers: int = 0,
         texts: Sequence[str] | None = None,
         explain_prefix: bool = False,
+        **settings: Any,
     ) -> Iterator[CaptionResult]:
         """Like `caption`, but yields each result as soon as its batch is done."""
-        generation = generation or GenerationConfig()
+        generation = (generation or GenerationConfig()).replaced(**settings)
         retriever, k = self.retriever(index, num_neighbors)
         names, batches = self._inputs(images, embeddings, texts, batch_size, workers)
         ranker, start = Ranker(self.encoder), 0
@@ -143,7 +161,7 @@ class Captioner:
                     yield CaptionResult(name, None, error=error)
                     continue
                 candidates, around, words = next(ranked), next(listed), next(explained)
-                if candidates:
+                if candidates and candidates[0].caption:
                     yield CaptionResult(name, candidates[0].caption, candidates, around, prefix_words=words)
                 else:
                     yield CaptionResult(name, None, error=f"{name}: the model wrote no words; try --decoding beam")
@@ -189,7 +207,14 @@ class Captioner:
         for start in range(0, len(images.vectors), limit):
             part = slice(start, start + limit)
             prefix = self._prefix(images, neighbors, part)
-            written += write_captions(self.model, self.checkpoint.tokenizer, prefix, generation, list(digests[part]))
+            written += write_captions(
+                self.model,
+                self.checkpoint.tokenizer,
+                prefix,
+                generation,
+                list(digests[part]),
+                self.checkpoint.stop_token,
+            )
         return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
 
     @torch.inference_mode()

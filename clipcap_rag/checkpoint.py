@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.artifact import read_manifest, write_manifest
@@ -35,6 +36,7 @@ class Checkpoint:
         index: path, name and revision of the index it was trained with, or None.
         num_neighbors: neighbours per image unless a call says otherwise.
         training: settings and scores of the training run.
+        stop_token: text whose first token ends a caption and belongs to it, beside the end token; empty if none does.
     """
 
     model: CaptionModel
@@ -45,6 +47,7 @@ class Checkpoint:
     index: dict[str, Any] | None = None
     num_neighbors: int = 0
     training: dict[str, Any] = field(default_factory=dict)
+    stop_token: str = ""
 
     def write(self, folder: Path, dtype: torch.dtype = torch.float32, card: str | None = None) -> None:
         """Fills the directory `folder`; weights that were not tuned stay where they came from.
@@ -66,6 +69,7 @@ class Checkpoint:
             "index": self.index,
             "num_neighbors": self.num_neighbors,
             "training": self.training,
+            "stop_token": self.stop_token,
         }
         write_manifest(folder, "config.json", KIND, VERSION, fields)
 
@@ -109,6 +113,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         index=manifest["index"],
         num_neighbors=manifest["num_neighbors"],
         training=manifest["training"],
+        stop_token=manifest.get("stop_token", ""),
     )
 
 
@@ -118,20 +123,34 @@ def load_weights(model: CaptionModel, file: Path) -> None:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is not a readable safetensors file ({error}); copy the checkpoint again") from error
-    expected = learned_state(model)
+    copy_weights(state, learned_state(model), file, "its config.json", "use the config.json that was saved with it")
+
+
+def copy_weights(state: dict[str, Tensor], expected: dict[str, Tensor], file: Path, shapes: str, remedy: str) -> None:
+    """Copies weights read from `file` into those of a model.
+
+    Args:
+        state: what was read.
+        expected: the tensors to fill, by the names that `state` has for them.
+        shapes: what says which weights there must be, for the error.
+        remedy: how to get weights that fit, for the error.
+
+    Raises:
+        InputError: there are unknown keys, missing keys or other shapes; it names them.
+    """
     unknown, missing = sorted(set(state) - set(expected)), sorted(set(expected) - set(state))
     if unknown or missing:
         raise InputError(
-            f"{file} does not fit its config.json: unknown keys {_few(unknown)}, missing keys {_few(missing)}; "
-            "use the config.json that was saved with it"
+            f"{file} does not fit {shapes}: unknown keys {_few(unknown)}, missing keys {_few(missing)}; {remedy}"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise InputError(
-                f"{file}: {name} has shape {list(tensor.shape)} where config.json asks for "
-                f"{list(expected[name].shape)}; use the config.json that was saved with it"
+                f"{file}: {name} has shape {list(tensor.shape)} where {shapes} asks for "
+                f"{list(expected[name].shape)}; {remedy}"
             )
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, tensor in state.items():
             expected[name].copy_(tensor)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clipcap_rag import caption_commands, feature_commands, index_commands
+from clipcap_rag import caption_commands, convert_commands, feature_commands, index_commands
 from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
 from clipcap_rag.flags import (
     CLIP_HELP,
@@ -197,6 +197,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),
+    "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

@@ -40,12 +40,19 @@ class Config:
             )
         return cls(**values)
 
+    def replaced(self, **values: Any) -> Self:
+        """A copy with other values; raises InputError for a name that is no setting."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in values:
+            _require(name in names, f"{name} is no setting of {type(self).__name__}; choose among {', '.join(names)}")
+        return dataclasses.replace(self, **values)
+
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
     """The shape of a captioner; `clip_dim` and `lm_dim` follow from the two models and are filled in by the builder."""
 
-    mapper: str = option("retrieval", "mapper from embeddings to prefix", ("retrieval", "transformer", "mlp"))
+    mapper: str = option("retrieval", "mapper from embeddings to prefix", ("retrieval", "transformer", "mlp", "linear"))
     prefix_length: int = option(10, "prefix vectors given to the language model (P)")
     clip_length: int = option(10, "tokens that the image embedding is unfolded into (C)")
     mapper_layers: int = option(8, "transformer layers of the mapper")
@@ -63,7 +70,7 @@ class ModelConfig(Config):
         _require(self.clip_length >= 1, f"clip_length is {self.clip_length}; it must be at least 1")
         _require(self.mapper_layers >= 1, f"mapper_layers is {self.mapper_layers}; it must be at least 1")
         _require(
-            self.mapper == "mlp" or self.lm_dim % self.mapper_heads == 0,
+            self.mapper in ("mlp", "linear") or self.lm_dim % self.mapper_heads == 0,
             f"mapper_heads {self.mapper_heads} does not divide the language model's width {self.lm_dim}; "
             "choose a divisor",
         )
@@ -75,12 +82,16 @@ class ModelConfig(Config):
 class GenerationConfig(Config):
     """How candidate captions are written and ordered."""
 
-    decoding: str = option("sample", "sample and rerank, beam search, or greedy", ("sample", "beam", "greedy"))
+    decoding: str = option(
+        "sample",
+        "sample and rerank, beam search, greedy, or ClipCap's own rule (beam search; greedy with 1 beam)",
+        ("sample", "beam", "greedy", "clipcap"),
+    )
     candidates: int = option(16, "captions to sample per image; the greedy caption is always one of them")
     top_p: float = option(0.9, "nucleus: sample from the likeliest tokens that together have this probability")
     temperature: float = option(0.7, "softmax temperature of sampling; smaller is safer, larger more varied")
     num_beams: int = option(5, "beams of beam search, ordered by mean log-probability")
-    max_new_tokens: int = option(40, "longest caption, in language-model tokens")
+    max_new_tokens: int = option(0, "longest caption, in language-model tokens; 0 is 40, with clipcap 67")
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
@@ -90,13 +101,13 @@ class GenerationConfig(Config):
     @property
     def captions_per_image(self) -> int:
         """How many are written; equal ones are merged afterwards."""
-        return {"greedy": 1, "sample": self.candidates, "beam": self.num_beams}[self.decoding]
+        return {"greedy": 1, "sample": self.candidates}.get(self.decoding, self.num_beams)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.candidates >= 1, f"candidates is {self.candidates}; it must be at least 1")
         _require(self.num_beams >= 1, f"num_beams is {self.num_beams}; it must be at least 1")
-        _require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        _require(self.max_new_tokens >= 0, f"max_new_tokens is {self.max_new_tokens}; it must be 0 or more")
         _require(
             self.log_probability_weight >= 0,
             f"log_probability_weight is {self.log_probability_weight}; it must be 0 or more",
@@ -104,6 +115,11 @@ class GenerationConfig(Config):
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a caption has."""
+        return self.max_new_tokens or (67 if self.decoding == "clipcap" else 40)
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,19 @@ def write_captions(
     prefix: Tensor,
     config: GenerationConfig,
     digests: Sequence[bytes],
+    stop_token: str = "",
 ) -> list[list[Written]]:
     """Writes candidates for each image.
 
     Greedy gives one; sampling gives the greedy one and `candidates - 1` samples (Holtzman et al. 2020, arXiv
-    1904.09751) in the order drawn; beam search gives `num_beams`, best mean log-probability first.
+    1904.09751) in the order drawn; beam search gives `num_beams`, best mean log-probability first. So does `clipcap`,
+    the rule of ClipCap's notebooks (Mokady et al. 2021, arXiv 2111.09734), which differs in two points: the first token
+    may be any, and only the stop token ends a caption, not the end token.
 
     Args:
         prefix: [B, P, E].
         digests: per image, the bytes that together with the seed determine its samples.
+        stop_token: text whose first token ends a caption and belongs to it; empty if only the end token does.
 
     Raises:
         InputError: the prompt leaves the language model no position to write at.
@@ -62,19 +66,36 @@ def write_captions(
         )
     words = model.language_model.get_input_embeddings()(torch.tensor(prompt, dtype=torch.long, device=prefix.device))
     prefix = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
-    steps, per_image = min(config.max_new_tokens, longest), config.captions_per_image
+    steps, ends = min(config.longest, longest), _ends(model, tokenizer, config, stop_token)
+    per_image = config.captions_per_image
     images = max(1, _SEQUENCES // per_image)
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
         part = prefix[start : start + images]
         cache, logits = prefill(model, part)
-        if config.decoding == "beam":
-            decoded = _beam(model, cache, logits, config.num_beams, steps)
+        if config.decoding != "clipcap":
+            logits[:, ends] = -torch.inf  # a caption has at least one token
+        if config.decoding in ("beam", "clipcap"):
+            decoded = _beam(model, cache, logits, config.num_beams, steps, ends)
         else:
-            decoded = _sample(model, cache, logits, config, per_image, digests[start : start + images], steps)
+            decoded = _sample(model, cache, logits, config, per_image, digests[start : start + images], steps, ends)
         for sequences in decoded:
             written.append([_read(tokenizer, model.end_token, prompt, *sequence) for sequence in sequences])
     return written
+
+
+def _ends(
+    model: CaptionModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, stop_token: str
+) -> list[int]:
+    """The tokens that end a caption."""
+    if not stop_token:
+        return [model.end_token]
+    stop = tokenizer.encode(stop_token, add_special_tokens=False)[0]
+    return [stop] if config.decoding == "clipcap" else [stop, model.end_token]
+
+
+def _ended(tokens: Tensor, ends: list[int]) -> Tensor:
+    return torch.stack([tokens == end for end in ends]).any(0)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -99,9 +120,7 @@ def _read(
 def prefill(model: CaptionModel, prefix: Tensor) -> tuple[DynamicCache, Tensor]:
     """Runs the prefix once: its keys and values, and the logits [B, V] of the first token."""
     output = model.language_model(inputs_embeds=prefix.to(model.language_model.dtype), use_cache=True, logits_to_keep=1)
-    logits = output.logits[:, -1].float()
-    logits[:, model.end_token] = -torch.inf  # a caption has at least one token
-    return output.past_key_values, logits
+    return output.past_key_values, output.logits[:, -1].float()
 
 
 def next_logits(model: CaptionModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
@@ -132,6 +151,7 @@ def _sample(
     per_image: int,
     digests: Sequence[bytes],
     steps: int,
+    ends: list[int],
 ) -> list[list[tuple[list[int], float]]]:
     """The greedy sequence and `per_image - 1` samples for each prefilled image, in groups of bounded size."""
     B, device = len(logits), logits.device
@@ -142,16 +162,16 @@ def _sample(
     decoded = []
     for start in range(0, len(owner), _SEQUENCES):
         part = slice(start, start + _SEQUENCES)
-        decoded += _decode(model, _rows(cache, owner[part]), logits[owner[part]], random[part], config)
+        decoded += _decode(model, _rows(cache, owner[part]), logits[owner[part]], random[part], config, ends)
     return [decoded[start : start + per_image] for start in range(0, len(decoded), per_image)]
 
 
 def _decode(
-    model: CaptionModel, cache: DynamicCache, logits: Tensor, random: Tensor, config: GenerationConfig
+    model: CaptionModel, cache: DynamicCache, logits: Tensor, random: Tensor, config: GenerationConfig, ends: list[int]
 ) -> list[tuple[list[int], float]]:
     """Writes S sequences from their first logits [S, V]; a finished sequence leaves the batch when it is looked at."""
     S, steps = random.shape
-    device, end = logits.device, model.end_token
+    device, end = logits.device, ends[0]
     tokens = torch.full((S, steps), end, device=device)
     log_probability = torch.zeros(S, device=device)
     alive = torch.arange(S, device=device)
@@ -161,7 +181,7 @@ def _decode(
         tokens[alive, step] = chosen
         gained = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         log_probability[alive] += gained.masked_fill(finished, 0.0)
-        finished = finished | (chosen == end)
+        finished = finished | _ended(chosen, ends)
         if step + 1 == steps:
             break
         if _looks(step + 1, device):
@@ -172,7 +192,7 @@ def _decode(
                 cache, alive, chosen, finished = _rows(cache, kept), alive[kept], chosen[kept], finished[kept]
         logits = next_logits(model, cache, chosen)
     return [
-        (row[: row.index(end) + 1] if end in row else row, total)
+        (row[: next((place for place, token in enumerate(row) if token in ends), steps) + 1], total)
         for row, total in zip(tokens.tolist(), log_probability.tolist(), strict=True)
     ]
 
@@ -201,16 +221,16 @@ def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
 
 
 def _beam(
-    model: CaptionModel, cache: DynamicCache, logits: Tensor, beams: int, steps: int
+    model: CaptionModel, cache: DynamicCache, logits: Tensor, beams: int, steps: int, ends: list[int]
 ) -> list[list[tuple[list[int], float]]]:
     """Beam search by mean log-probability in which a finished beam keeps its place (ClipCap's rule)."""
     B, V = logits.shape
     device = logits.device
-    width = min(beams, V - 1)
+    width = min(beams, V - len(ends))
     totals, first = logits.log_softmax(-1).topk(width)  # [B, M]
     tokens = first[..., None]  # [B, M, 1]
     lengths = torch.ones_like(totals)
-    stopped = first == model.end_token
+    stopped = _ended(first, ends)
     images = torch.arange(B, device=device)
     cache = _rows(cache, images.repeat_interleave(width))
     finished: list[list[tuple[list[int], float]]] = [[] for _ in range(B)]
@@ -233,13 +253,13 @@ def _beam(
             lengths, stopped = lengths[keep], stopped[keep]
         log_probs = next_logits(model, cache, tokens[..., -1].flatten()).log_softmax(-1).view(-1, width, V)
         log_probs = log_probs.masked_fill(stopped[..., None], -torch.inf)
-        log_probs[..., model.end_token].masked_fill_(stopped, 0.0)
+        log_probs[..., ends[0]].masked_fill_(stopped, 0.0)
         sums = totals[..., None] + log_probs  # [B, M, V]
         new_lengths = lengths + ~stopped
         best, flat = (sums / new_lengths[..., None]).flatten(1).topk(width)  # [B, M]
         parent, token = flat // V, flat % V
         totals = best * new_lengths.gather(1, parent)
-        lengths, stopped = new_lengths.gather(1, parent), stopped.gather(1, parent) | (token == model.end_token)
+        lengths, stopped = new_lengths.gather(1, parent), stopped.gather(1, parent) | _ended(token, ends)
         tokens = tokens.gather(1, parent[..., None].expand(-1, -1, tokens.shape[2]))
         tokens = torch.cat([tokens, token[..., None]], dim=2)
         offsets = torch.arange(len(images), device=device)[:, None] * width

@@ -30,6 +30,26 @@ class MLPMapper(nn.Module):
         return self.model(image_embedding).view(-1, self.prefix_length, self.lm_dim)  # [B, P, E]
 
 
+class LinearMapper(nn.Linear):
+    """One linear layer: what ClipCap's notebooks build in place of the MLP for prefixes longer than 10."""
+
+    uses_neighbors = False
+
+    def __init__(self, clip_dim: int, lm_dim: int, prefix_length: int):
+        super().__init__(clip_dim, lm_dim * prefix_length)
+        self.prefix_length, self.lm_dim = prefix_length, lm_dim
+
+    def forward(
+        self,
+        image_embedding: Tensor,
+        neighbor_embeddings: Tensor | None = None,
+        neighbor_scores: Tensor | None = None,
+        neighbor_mask: Tensor | None = None,
+    ) -> Tensor:
+        """image_embedding [B, D] -> prefix [B, P, E]; neighbours are not looked at."""
+        return super().forward(image_embedding).view(-1, self.prefix_length, self.lm_dim)  # [B, P, E]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with ClipCap's parameter layout: no bias on queries, keys and values."""
 

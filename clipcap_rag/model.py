@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError, missing_extra
-from clipcap_rag.mapper import MLPMapper, RetrievalMapper, TransformerMapper
+from clipcap_rag.mapper import LinearMapper, MLPMapper, RetrievalMapper, TransformerMapper
 
 IGNORED = -100  # label of positions that carry no loss
 
@@ -68,10 +68,18 @@ def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     Raises:
         InputError: not found, not of the GPT-2 family, or without an end token.
     """
+    language_model_config(name)
     with _named(name):
-        _check_family(name, AutoConfig.from_pretrained(name).to_dict())
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        return model, load_tokenizer(name)
+    return model, load_tokenizer(name)
+
+
+def language_model_config(name: str) -> dict[str, Any]:
+    """The settings of a GPT-2-family language model, from a folder or the Hugging Face hub; errors as there."""
+    with _named(name):
+        config = AutoConfig.from_pretrained(name).to_dict()
+    _check_family(name, config)
+    return config
 
 
 def language_model_from_config(config: dict[str, Any]) -> nn.Module:
@@ -117,8 +125,9 @@ def _check_family(name: str, config: dict[str, Any]) -> None:
 
 def build_mapper(config: ModelConfig) -> nn.Module:
     """The mapper that `config` describes, with fresh weights."""
-    if config.mapper == "mlp":
-        return MLPMapper(config.clip_dim, config.lm_dim, config.prefix_length)
+    if config.mapper in ("mlp", "linear"):
+        plain = MLPMapper if config.mapper == "mlp" else LinearMapper
+        return plain(config.clip_dim, config.lm_dim, config.prefix_length)
     kind = RetrievalMapper if config.mapper == "retrieval" else TransformerMapper
     return kind(
         config.clip_dim,

@@ -27,13 +27,14 @@ class Ranker:
     def rank(
         self, written: Sequence[Sequence[Written]], images: np.ndarray, generation: GenerationConfig
     ) -> list[list[Candidate]]:
-        """Candidates of B images, best first, empty and repeated captions dropped.
+        """Candidates of B images, best first, empty and repeated captions dropped; ClipCap's rule gives all its beams.
 
         Args:
             written: per image, its captions.
             images: [B, D] float32 image embeddings of unit length.
         """
-        written = [distinct(captions) for captions in written]
+        if generation.decoding != "clipcap":
+            written = [distinct(captions) for captions in written]
         embedded = self.embed([found.caption for captions in written for found in captions])
         ranked, start = [], 0
         for captions, image in zip(written, images, strict=True):

@@ -139,6 +139,14 @@ def test_beams_are_ordered_by_mean_log_probability(captioner, photos):
     assert scores == sorted(scores, reverse=True) and max(scores) < 0
 
 
+def test_settings_by_name_go_before_those_of_generation(captioner, photos):
+    beams = GenerationConfig(decoding="beam", num_beams=3, max_new_tokens=8)
+    by_name = captioner.caption(photos, generation=FEW, decoding="beam", num_beams=3, max_new_tokens=8)
+    assert by_name == captioner.caption(photos, generation=beams)
+    with pytest.raises(InputError, match="beams is no setting"):
+        captioner.caption(photos, beams=3)
+
+
 def test_an_index_of_another_clip_is_refused_naming_both(captioner, photos, world, other_clip, tmp_path):
     foreign = build_caption_index([world.captions], str(other_clip), tmp_path / "foreign")
     with pytest.raises(InputError) as caught:

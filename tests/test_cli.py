@@ -31,6 +31,7 @@ MINIMAL = {
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
     "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
     "convert pickle": ["f", "--out", "o.pkl"],
+    "convert clipcap": ["w.pt", "--out", "o"],
     "bench": ["--out", "o"],
     "doctor": [],
 }

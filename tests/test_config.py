@@ -47,7 +47,7 @@ def test_every_field_is_documented_and_frozen(config):
 @pytest.mark.parametrize(
     "config, values, named",
     [
-        (ModelConfig, {"mapper": "lstm"}, "retrieval, transformer, mlp"),
+        (ModelConfig, {"mapper": "lstm"}, "retrieval, transformer, mlp, linear"),
         (ModelConfig, {"prefix_length": 0}, "prefix_length is 0"),
         (ModelConfig, {"clip_length": 0}, "clip_length is 0"),
         (ModelConfig, {"mapper_layers": 0}, "mapper_layers is 0"),
@@ -55,14 +55,14 @@ def test_every_field_is_documented_and_frozen(config):
         (ModelConfig, {"mapper_dropout": 1.0}, "mapper_dropout is 1.0"),
         (ModelConfig, {"lora_rank": 0}, "lora_rank is 0"),
         (ModelConfig, {"language_model_tuning": "half"}, "frozen, lora, full"),
-        (GenerationConfig, {"decoding": "best"}, "sample, beam, greedy"),
+        (GenerationConfig, {"decoding": "best"}, "sample, beam, greedy, clipcap"),
         (GenerationConfig, {"candidates": 0}, "candidates is 0"),
         (GenerationConfig, {"top_p": 0.0}, "top_p is 0.0"),
         (GenerationConfig, {"top_p": 1.01}, "top_p is 1.01"),
         (GenerationConfig, {"temperature": 0.0}, "temperature is 0.0"),
         (GenerationConfig, {"temperature": float("nan")}, "temperature is nan"),
         (GenerationConfig, {"num_beams": 0}, "num_beams is 0"),
-        (GenerationConfig, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (GenerationConfig, {"max_new_tokens": -1}, "max_new_tokens is -1"),
         (GenerationConfig, {"seed": -1}, "seed is -1"),
         (TrainConfig, {"epochs": 0}, "epochs is 0"),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0"),
@@ -89,6 +89,16 @@ def test_contradictions_are_refused_with_the_value(config, values, named):
 
 def test_edges_are_allowed():
     ModelConfig(mapper="mlp", mapper_heads=7, lm_dim=64)  # an MLP has no heads
+    ModelConfig(mapper="linear", mapper_heads=7, lm_dim=64)
     ModelConfig(mapper_heads=8, lm_dim=64)
     GenerationConfig(top_p=1.0, seed=0, candidates=1)
     TrainConfig(max_neighbors=50, neighbor_pool=50, warmup=0.0, patience=0, gradient_clip=0.0)
+
+
+def test_settings_are_replaced_by_name():
+    changed = GenerationConfig(top_p=0.5).replaced(num_beams=3, decoding="beam")
+    assert (changed.top_p, changed.num_beams, changed.decoding) == (0.5, 3, "beam")
+    with pytest.raises(InputError, match="beams is no setting of GenerationConfig; choose among decoding"):
+        changed.replaced(beams=3)
+    with pytest.raises(InputError, match="num_beams is 0"):
+        changed.replaced(num_beams=0)

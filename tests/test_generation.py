@@ -66,7 +66,7 @@ def test_greedy_takes_the_likeliest_token_each_time(captioner):
         assert logits.argmax(-1).tolist() == list(candidate.tokens)
 
 
-def reference_beam(model, prefix, beams, steps):
+def reference_beam(model, prefix, beams, steps, may_be_empty=False):
     """The same rule one image at a time, recomputing everything for every token."""
     hypotheses = [([], 0.0)]
     for _ in range(steps):
@@ -78,7 +78,7 @@ def reference_beam(model, prefix, beams, steps):
             words = model.language_model.get_input_embeddings()(torch.tensor([tokens], dtype=torch.long))
             with torch.no_grad():
                 logits = model.language_model(inputs_embeds=torch.cat([prefix[None], words], dim=1)).logits[0, -1]
-            if not tokens:
+            if not tokens and not may_be_empty:
                 logits[model.end_token] = -torch.inf
             best = logits.log_softmax(-1).topk(beams)
             grown += [
@@ -97,6 +97,22 @@ def test_beam_search_equals_the_plain_rule(captioner):
     for image, candidates in enumerate(write_captions(model, tokenizer, prefix, config, DIGESTS)):
         expected = reference_beam(model, prefix[image], 3, 10)
         assert [list(candidate.tokens) for candidate in candidates] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("beams", [1, 5])
+def test_clipcaps_rule_may_end_at_once(captioner, beams):
+    model, tokenizer, prefix = captioner
+    with torch.no_grad():
+        first = model.language_model(inputs_embeds=prefix[:1]).logits[0, -1].argmax().item()
+    model = CaptionModel(model.mapper, model.language_model, end_token=first)
+    config = GenerationConfig(decoding="clipcap", num_beams=beams, max_new_tokens=10)
+    written = write_captions(model, tokenizer, prefix, config, DIGESTS)
+    for image, candidates in enumerate(written):
+        expected = reference_beam(model, prefix[image], beams, 10, may_be_empty=True)
+        assert [list(candidate.tokens) for candidate in candidates] == [tokens for tokens, _ in expected]
+    if beams == 1:
+        assert [candidate.tokens for candidate in written[0]] == [(first,)]
+    assert GenerationConfig(decoding="clipcap").longest == 67 and GenerationConfig().longest == 40
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample", "beam"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clipcap_rag.mapper import MLPMapper, RetrievalMapper, TransformerMapper
+from clipcap_rag.mapper import LinearMapper, MLPMapper, RetrievalMapper, TransformerMapper
 
 B, D, E, P, C, K = 3, 12, 16, 5, 4, 6
 
@@ -88,5 +88,6 @@ def test_parameter_counts_are_the_published_ones(make, expected):
     assert sum(parameter.numel() for parameter in mapper.parameters()) == expected
 
 
-def test_mlp_prefix_shape():
-    assert MLPMapper(D, E, P)(torch.randn(B, D)).shape == (B, P, E)
+@pytest.mark.parametrize("kind", [MLPMapper, LinearMapper])
+def test_prefix_shape(kind):
+    assert kind(D, E, P)(torch.randn(B, D)).shape == (B, P, E)

@@ -5,10 +5,19 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import GPT2Config
 
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError
-from clipcap_rag.model import IGNORED, CaptionModel, build_mapper, learned_state, load_language_model, tune
+from clipcap_rag.model import (
+    IGNORED,
+    CaptionModel,
+    build_mapper,
+    language_model_from_config,
+    learned_state,
+    load_language_model,
+    tune,
+)
 
 D, P = 8, 4
 
@@ -67,3 +76,20 @@ def test_language_models_that_do_not_fit_are_named(tmp_path, tiny_lm):
 def test_any_width_works(tiny_lm):
     model = build(tiny_lm, mapper="mlp")
     assert model.prefix(torch.randn(2, D)).shape == (2, P, model.language_model.config.n_embd)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tuning", "expected"),
+    [
+        ({"mapper": "mlp", "clip_dim": 512, "prefix_length": 10}, "full", 155_908_608),
+        ({"mapper": "transformer", "clip_dim": 640, "prefix_length": 10, "clip_length": 10}, "frozen", 42_728_448),
+        ({"mapper": "transformer", "clip_dim": 640, "prefix_length": 40, "clip_length": 40}, "frozen", 57_520_128),
+    ],
+)
+def test_as_many_weights_learn_as_in_clipcap(shape, tuning, expected):
+    """The paper (arXiv 2111.09734) says 156M for the MLP and 43M for the transformer, which is that of 10 and 10."""
+    config = ModelConfig(**shape, lm_dim=768, language_model_tuning=tuning)
+    with torch.device("meta"):
+        language_model = tune(language_model_from_config(GPT2Config().to_dict()), config)
+        model = CaptionModel(build_mapper(config), language_model, 50256)
+    assert sum(weight.numel() for weight in model.parameters() if weight.requires_grad) == expected
