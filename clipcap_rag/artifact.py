@@ -1,5 +1,6 @@
 """A directory that appears whole or not at all: written beside its place, hashed, renamed, checked when opened."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from clipcap_rag.progress import say
 
 _WHOLE_HASH_LIMIT = 64 * 2**20  # bytes; larger files are hashed by evenly spaced samples when opened
 _JOB = "job.json"  # in a staging directory: what the unfinished work is
+_MANY_FILES = 1000  # from here on one flush of the whole system is faster than one per file
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 
@@ -55,13 +57,14 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         folder = next(parent for parent in out.absolute().parents if parent.exists())
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(folder).free / 2**20
             raise InputError(
                 f"no space left for {out} ({free:.0f} MB free); free some space and run the same command again"
             ) from error
-        if error.errno in (13, 30):  # EACCES, EROFS
-            raise InputError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            where = error.filename or out
+            raise InputError(f"cannot write {where}: {error.strerror}; mend that or choose another folder") from error
         raise
 
 
@@ -73,6 +76,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,15 +85,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and hash of a file, as stored in a manifest."""
-    return {"bytes": path.stat().st_size, "hash": _hash(path)}
+    """Size in bytes and hash of a file, as stored in a manifest; for a large one also the hash of all its bytes."""
+    record = {"bytes": path.stat().st_size, "hash": _hash(path)}
+    return record if record["hash"].startswith("sha256:") else record | {"sha256": _whole_hash(path)}
+
+
+def _whole_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(path: Path) -> str:
     size = path.stat().st_size
     if size <= _WHOLE_HASH_LIMIT:
-        with open(path, "rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        return "sha256:" + _whole_hash(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for number in range(_SAMPLES):
@@ -98,13 +107,25 @@ def _hash(path: Path) -> str:
     return "sampled-sha256:" + digest.hexdigest()
 
 
-def write_manifest(folder: Path, name: str, kind: str, version: int, fields: dict[str, Any]) -> None:
-    """Writes `folder/name` with kind, format version, `fields` and a record of every other file in the folder."""
-    files = {
-        path.relative_to(folder).as_posix(): file_record(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in (folder / name, folder / _JOB)
-    }
+def write_manifest(
+    folder: Path,
+    name: str,
+    kind: str,
+    version: int,
+    fields: dict[str, Any],
+    files: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Writes `folder/name` with kind, format version, `fields` and a record of the other files.
+
+    Args:
+        files: their records by name; left out, every file in the folder is recorded.
+    """
+    if files is None:
+        files = {
+            path.relative_to(folder).as_posix(): file_record(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path not in (folder / name, folder / _JOB)
+        }
     write_json(folder / name, {"kind": kind, "format_version": version, **fields, "files": files})
 
 
@@ -114,15 +135,22 @@ def read_manifest(folder: Path, name: str, kind: str, version: int) -> dict[str,
     Raises:
         InputError: the folder or the manifest is missing, of another kind or version, or a file is missing or altered.
     """
+    manifest = read_unchecked(folder, name, kind, version)
+    check_files(folder, manifest.get("files", {}), kind)
+    return manifest
+
+
+def read_unchecked(folder: Path, name: str, kind: str, version: int) -> dict[str, Any]:
+    """`read_manifest` without a look at the files that are recorded."""
     manifest = read_json(folder / name, kind)
     if manifest.get("kind") != kind:
-        raise InputError(f"{folder} is not a {kind} but a {manifest.get('kind', 'folder of something else')}")
+        found = str(manifest.get("kind", "folder of something else"))
+        raise InputError(f"{folder} is not a {kind} but a {found if found.isprintable() else repr(found)}"[:200])
     if manifest.get("format_version") != version:
         raise InputError(
-            f"{folder} has format version {manifest.get('format_version')}, this release reads {version}; "
+            f"{folder} has format version {repr(manifest.get('format_version'))[:40]}, this release reads {version}; "
             "make it again or use the release that wrote it"
         )
-    check_files(folder, manifest.get("files", {}), kind)
     return manifest
 
 
@@ -136,7 +164,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         raise InputError(f"no {kind} at {path.parent}: {path.name} is missing{hint}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits and brackets nested that deep
         raise InputError(f"{path} is not valid JSON ({error}); make the {kind} again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object; make the {kind} again")
@@ -145,7 +173,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
 
 def check_files(folder: Path, files: dict[str, dict[str, Any]], kind: str) -> None:
     """Raises InputError if a recorded file is missing, or differs in size or hash from its record."""
-    for name, record in files.items():
+    for name, record in _records(folder, files, kind):
         path = folder / name
         if not path.is_file():
             raise InputError(f"the {kind} {folder} lacks its file {name}; copy it again or make it again")
@@ -158,6 +186,28 @@ def check_files(folder: Path, files: dict[str, dict[str, Any]], kind: str) -> No
             raise InputError(f"{path} was altered after it was written; copy it again or make it again")
 
 
+def check_whole_files(folder: Path, files: dict[str, dict[str, Any]], kind: str) -> None:
+    """`check_files`, and every byte of the files that it only samples, where their records hold the whole hash."""
+    check_files(folder, files, kind)
+    for name, record in files.items():
+        if "sha256" in record and _whole_hash(folder / name) != record["sha256"]:
+            raise InputError(f"{folder / name} was altered after it was written; copy it again or make it again")
+
+
+def _records(folder: Path, files: Any, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of files, each a size and a hash of a file inside the folder."""
+    if not isinstance(files, dict):
+        raise InputError(f"the manifest of the {kind} {folder} lists no files; copy it again or make it again")
+    for name, record in files.items():
+        inside = name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(record, dict) or type(record.get("bytes")) is not int or "hash" not in record:
+            raise InputError(
+                f"the manifest of the {kind} {folder} has an impossible record of a file {name[:80]!r}; "
+                "copy it again or make it again"
+            )
+        yield name, record
+
+
 def commit(staging: Path, out: Path) -> None:
     """Moves a finished directory to its place; what stood there is removed after the new one is there."""
     _sync_tree(staging)
@@ -167,7 +217,7 @@ def commit(staging: Path, out: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
         os.rename(out, retired)
     os.rename(staging, out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -182,12 +232,16 @@ def _retired(out: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+    for number, path in enumerate(folder.rglob("*")):
+        if number == _MANY_FILES:
+            os.sync()
+            return
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -217,6 +271,18 @@ def join_arrays(parts: Sequence[Path], out: Path) -> None:
     joined.flush()
 
 
+def unfinished_job(out: Path) -> dict[str, Any] | None:
+    """The job of `resumable_directory` whose unfinished work waits beside `out`, if any."""
+    job = staging_path(out) / _JOB
+    return read_json(job, "job") if job.is_file() else None
+
+
+def reopen_directory(out: Path, job: dict[str, Any]) -> None:
+    """Makes a finished directory the unfinished work of `job` again, for `resumable_directory` to continue."""
+    write_json(out / _JOB, job)
+    os.rename(out, staging_path(out))
+
+
 @contextmanager
 def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False) -> Iterator[Path]:
     """Yields the staging directory of `out`, with what an interrupted run of the same `job` left in it.
@@ -230,7 +296,7 @@ def resumable_directory(out: Path, job: dict[str, Any], overwrite: bool = False)
     refuse_existing(out, overwrite)
     staging, job = staging_path(out), json.loads(json.dumps(job))
     with disk_errors(out):
-        if (staging / _JOB).is_file() and read_json(staging / _JOB, "job") == job:
+        if unfinished_job(out) == job:
             say(f"continuing the unfinished work in {staging}")
             for torn in staging.rglob("*.tmp"):
                 torn.unlink()

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
-from clipcap_rag.flags import INDEX_HELP, add_compute, add_config, add_json, count, make_config, positive
+from clipcap_rag.flags import INDEX_HELP, MODEL_HELP, add_compute, add_config, add_json, count, make_config, positive
 from clipcap_rag.output import print_json, status_of
 from clipcap_rag.progress import say
 from clipcap_rag.shipped import STARTER
@@ -21,8 +21,8 @@ def caption_flags(parser: ArgumentParser) -> None:
     inputs.add_argument("--embeddings", metavar="PATH", help=text)
     text = "sentences instead, written anew as if their CLIP embeddings were those of photos"
     inputs.add_argument("--text", nargs="+", metavar="TEXT", help=text)
-    text = "a training run or checkpoint (default: starter, the one that comes with the package)"
-    parser.add_argument("--model", default=STARTER, metavar="DIR", help=text)
+    text = f"{MODEL_HELP} (default: starter, the one that comes with the package)"
+    parser.add_argument("--model", default=STARTER, metavar="MODEL", help=text)
     retrieval = parser.add_argument_group("retrieval")
     text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
     retrieval.add_argument("--index", action="append", help=text)

@@ -1,7 +1,6 @@
 """The formats of caption files: which one a file has, and its entries as they stand in it."""
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ from typing import Any
 from clipcap_rag.config import Config, option
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import IMAGE_EXTENSIONS, walk_files
-from clipcap_rag.lines import LONGEST_LINE, BadLines, open_bytes, read_lines
+from clipcap_rag.json_documents import read_document
+from clipcap_rag.lines import LONGEST_LINE, BadLines, open_bytes, parse_json, read_lines
+from clipcap_rag.packed import read_parquet, read_tar
 
-FORMATS = ("auto", "jsonl", "text", "csv", "tsv", "coco", "karpathy", "folder")
+FORMATS = ("auto", "jsonl", "text", "csv", "tsv", "coco", "karpathy", "flickr", "tar", "parquet", "folder")
 _FORMAT_OF = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "text", ".text": "text"
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "text",
+    ".text": "text", ".tar": "tar", ".tgz": "tar", ".parquet": "parquet", ".token": "flickr"
 }  # fmt: skip
-_LARGEST_JSON = 2 * 2**30  # bytes; a JSON document has to be in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class SourceOptions(Config):
     """How caption files are read."""
 
     format: str = option("auto", "format of the caption files", FORMATS)
-    caption_column: str = option("caption", "CSV column or JSONL key that holds the caption")
-    image_id_column: str = option("image_id", "CSV column or JSONL key that holds the id of the photo")
-    image_column: str = option("image", "CSV column or JSONL key that holds the file name of the photo")
+    caption_column: str = option("caption", "column or key that holds the caption")
+    image_id_column: str = option("image_id", "column or key that holds the id of the photo")
+    image_column: str = option("image", "column or key that holds the file name of the photo")
     split: str | None = option(None, "splits to take from a Karpathy file, such as train,restval; default: all")
 
 
@@ -38,7 +39,8 @@ def detect_format(path: Path, options: SourceOptions) -> str:
     Raises:
         InputError: neither tells.
     """
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    name = path.name.lower().removesuffix(".gz")
+    suffix = Path(name.removesuffix(".txt") if name.endswith(".token.txt") else name).suffix  # Flickr8k.token.txt
     if suffix in _FORMAT_OF:
         return _FORMAT_OF[suffix]
     with open_bytes(path) as stream:
@@ -46,19 +48,13 @@ def detect_format(path: Path, options: SourceOptions) -> str:
     first = first.removeprefix(b"\xef\xbb\xbf")
     if first.lstrip()[:1] in (b"{", b"["):
         try:
-            row = _parse(first)
+            row = parse_json(first)
         except ValueError:
             return "json"
         return "jsonl" if isinstance(row, dict) and {options.caption_column, "captions"} & set(row) else "json"
     if suffix:
         raise InputError(f"cannot tell the format of {path}; pass --format with one of {', '.join(FORMATS[1:])}")
     return "text"
-
-
-def short(value: Any) -> str:
-    """A value as it is quoted in errors."""
-    quoted = ascii(value)
-    return quoted if len(quoted) <= 60 else quoted[:57] + "..."
 
 
 # A reader yields the place of an entry and its unchecked values: `captions` (one or a list) and, where it has them,
@@ -76,7 +72,7 @@ def _json_lines(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
     for number, line in read_lines(path, bad):
         place = f"{path}:{number}"
         try:
-            row = _parse(line)
+            row = parse_json(line)
         except ValueError as error:
             bad.report(f"{place}: not JSON ({error})")
             continue
@@ -86,14 +82,6 @@ def _json_lines(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
         else:
             fault = "more than one of" if captions else "no caption, needs one of"
             bad.report(f"{place}: {fault} the keys {', '.join(keys)}")
-
-
-def _parse(text: str | bytes) -> Any:
-    """Parses JSON; all that can be wrong with it is a ValueError."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def _named(row: dict[str, Any], options: SourceOptions) -> dict[str, Any]:
@@ -160,75 +148,26 @@ def _tsv_rows(path: Path, bad: BadLines) -> Iterator[tuple[int, list[str]]]:
 
 
 def _document(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
-    """A COCO or Karpathy file."""
-    with open_bytes(path) as stream:
-        content = stream.read(_LARGEST_JSON + 1)
-    if len(content) > _LARGEST_JSON:
-        raise InputError(f"{path} holds more than {_LARGEST_JSON >> 30} GB of JSON; convert it to JSON Lines")
-    try:
-        document = _parse(content)
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); if it is JSON Lines pass --format jsonl") from error
-    del content
-    if isinstance(document, list):
-        document = {"annotations": document}
-    lists = {key: document[key] for key in ("images", "annotations")
-             if isinstance(document, dict) and isinstance(document.get(key), list)}  # fmt: skip
-    if "annotations" in lists:
-        kind, entries = "coco", _coco(path, lists["annotations"], lists.get("images", []), bad)
-    elif any(isinstance(image, dict) and "sentences" in image for image in lists.get("images", [])):
-        kind, entries = "karpathy", _karpathy(path, lists["images"], options.split, bad)
-    else:
-        raise InputError(f"{path} has neither COCO annotations nor Karpathy images with sentences; check the file")
-    if options.format not in ("auto", kind):
-        raise InputError(f"{path} is a {kind} file; pass --format {kind}")
-    if options.split is not None and kind == "coco":
-        raise InputError(f"{path} is a COCO file, which has no splits; leave --split out")
-    yield from entries
+    return read_document(path, options.format, options.split, bad)
 
 
-def _coco(path: Path, annotations: list, images: list, bad: BadLines) -> Entries:
-    """Annotations with the file names of their images; a file without images still tells their ids."""
-    files = {str(image.get("id")): image.get("file_name") for image in images if isinstance(image, dict)}
-    for number, annotation in enumerate(annotations):
-        place = f"{path}:annotations[{number}]"
-        image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-        if not isinstance(annotation, dict):
-            bad.report(f"{place}: not an object")
-        elif files and str(image_id) not in files:
-            bad.report(f"{place}: image_id {short(image_id)} is not among the images")
+def _flickr(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
+    """The token files of Flickr8k and Flickr30k: `name.jpg#number TAB caption`."""
+    for number, line in read_lines(path, bad):
+        name, tab, caption = line.partition("\t")
+        image, mark, _ = name.rpartition("#")
+        if tab and mark:
+            yield f"{path}:{number}", {"captions": caption, "image": image}
         else:
-            image = files.get(str(image_id))
-            yield (
-                place,
-                {"captions": annotation.get("caption"), "image": image, "image_id": None if image else image_id},
-            )
+            bad.report(f"{path}:{number}: not of the form name.jpg#0 TAB caption")
 
 
-def _karpathy(path: Path, images: list, split: str | None, bad: BadLines) -> Entries:
-    """Images of the splits, each with its sentences, under `filepath/filename`."""
-    present = {image["split"] for image in images if isinstance(image, dict) and isinstance(image.get("split"), str)}
-    wanted = present if split is None else {name.strip() for name in split.split(",")}
-    if wanted - present:
-        names = ", ".join(sorted(present)) or "none"
-        raise InputError(f"{path} has no split {', '.join(sorted(wanted - present))!r}; its splits are: {names}")
-    for number, image in enumerate(images):
-        place = f"{path}:images[{number}]"
-        if not isinstance(image, dict) or not isinstance(image.get("sentences"), list):
-            bad.report(f"{place}: no object with a list of sentences")
-        elif split is not None and not isinstance(image.get("split"), str):
-            bad.report(f"{place}: split is {short(image.get('split'))}, not a string")
-        elif split is None or image["split"] in wanted:
-            folder, file = image.get("filepath"), image.get("filename")
-            file = f"{folder}/{file}" if folder and isinstance(file, str) else file
-            yield place, {"captions": [_sentence(sentence) for sentence in image["sentences"]], "image": file}
+def _tar(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
+    return read_tar(path, options.caption_column, bad)
 
 
-def _sentence(sentence: Any) -> Any:
-    if not isinstance(sentence, dict):
-        return sentence
-    tokens = sentence.get("tokens")
-    return sentence.get("raw") or (" ".join(map(str, tokens)) if isinstance(tokens, list) else None)
+def _parquet(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
+    return read_parquet(path, options.caption_column, options.image_column, options.image_id_column, bad)
 
 
 def _folder(path: Path, options: SourceOptions, bad: BadLines) -> Entries:
@@ -263,5 +202,8 @@ READERS = {
     "json": _document,
     "coco": _document,
     "karpathy": _document,
+    "flickr": _flickr,
+    "tar": _tar,
+    "parquet": _parquet,
     "folder": _folder,
 }

@@ -1,20 +1,19 @@
 """`CaptionIndex`: opens an index, searches it exactly or through FAISS, gives captions and embeddings of rows."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from clipcap_rag.errors import InputError
-from clipcap_rag.flat_search import BLOCK, faiss_reason, fetch_size, flat_search, widened
-from clipcap_rag.hardware import pick_device
+from clipcap_rag.flat_search import BLOCK, fetch_size, flat_search, widened
+from clipcap_rag.hub import artifact_name
 from clipcap_rag.index_names import resolve_index
-from clipcap_rag.index_store import SEARCH, IndexFiles, open_files
-from clipcap_rag.progress import say
+from clipcap_rag.index_store import SEARCH, IndexFiles, Segment, open_files
 from clipcap_rag.shipped import mending
+from clipcap_rag.structure_reader import StructureReader, fits_gpu, gpu_number, gpu_resources
 
 _ROUNDING = 1e-5  # more than float32 sums of unit vectors differ by between kernels
 _GPU_LARGEST_K = 2048  # limit of FAISS on a GPU
@@ -32,29 +31,68 @@ class CaptionIndex:
         files: the stored columns, removed rows included.
     """
 
-    def __init__(self, files: IndexFiles, device: str = "auto"):
-        self.files = files
-        self.path, self.name = files.path, files.path.resolve().name
+    def __init__(
+        self, files: IndexFiles, device: str = "auto", nprobe: int | None = None, ef_search: int | None = None
+    ):
+        self.path, self.name = files.path, artifact_name(files.path)
+        self._gpu = gpu_number(device)
+        self._structures: dict[Segment, StructureReader] = {}
+        self._take(files)
+        self._effort = self._effort_of(nprobe, ef_search)
+
+    def _take(self, files: IndexFiles) -> None:
+        """Makes `files` what is searched; the structures of segments that it held before stay open."""
+        known, self._structures = self._structures, {}
+        for segment in files.segments:
+            if segment.entry["search"] is not None:
+                file = segment.folder / SEARCH
+                opened = known.get(segment) or StructureReader(file, len(segment.vectors), files.dim, self._gpu)
+                self._structures[segment] = opened
+        self.files, self.dim = files, files.dim
         self.revision: int = files.manifest["revision"]
         self.encoder: dict[str, Any] = files.manifest["encoder"]
-        self.dim = files.dim
-        self._gpu = _gpu_number(device)
-        self._structures = [self._open_structure(number, device) for number in range(len(files.manifest["segments"]))]
         self._live_rows = np.flatnonzero(files.live) if not files.live.all() else None
+        self.__dict__.pop("_flat_on_gpu", None)
 
     @classmethod
-    def open(cls, name_or_path: str | Path, device: str = "auto") -> "CaptionIndex":
+    def open(
+        cls,
+        name_or_path: str | Path,
+        device: str = "auto",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+    ) -> "CaptionIndex":
         """Opens an index by path or by name.
 
         Args:
-            device: where it is searched: `auto` (a GPU where there is one), `cpu`, `gpu` or `cuda:N`.
+            device: where it is searched: `auto` (a GPU where there is one and its memory suffices), `cpu`, `gpu` or
+                `cuda:N`.
+            nprobe, ef_search: clusters (IVF) or candidates (HNSW) that a query looks at, instead of the number that was
+                tuned when the index was built.
 
         Raises:
-            InputError: there is no such index, a file of it is missing or altered, or there is no such GPU.
+            InputError: there is no such index, a file of it is missing or altered, there is no such GPU, or the index
+                has no use for nprobe or ef_search.
         """
         path = resolve_index(name_or_path)
         with mending(path):
-            return cls(open_files(path), device)
+            return cls(open_files(path), device, nprobe, ef_search)
+
+    def refresh(self) -> bool:
+        """Takes over what was added to the index, or removed from it, since it was opened; says whether it changed.
+
+        Until then an open index stays as it was. Only new files are read. Row numbers may change; do not call it while
+        another thread searches.
+
+        Raises:
+            InputError: as `open`; the index then stays as it was.
+        """
+        with mending(self.path):
+            files = open_files(self.path, self.files)
+        changed = files.manifest != self.files.manifest
+        if changed:
+            self._take(files)
+        return changed
 
     def __len__(self) -> int:
         """Rows that can be found, removed ones not counted."""
@@ -88,7 +126,9 @@ class CaptionIndex:
         rows = np.array(rows, np.int64)
         return rows[self.files.live[rows]]
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, nprobe: int | None = None, ef_search: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k rows of largest inner product with each query.
 
         Scores are computed from the stored float16 rows whatever finds the candidates. Without a search structure the
@@ -97,12 +137,14 @@ class CaptionIndex:
         Args:
             queries: [B, D] float32 of unit length.
             k: rows per query, 0 or more.
+            nprobe, ef_search: for this search, as for `open`.
 
         Returns:
             scores [B, k] float32 descending and rows [B, k] int64; -inf and -1 where the index has fewer than k rows.
 
         Raises:
-            InputError: the queries have another width or are not finite.
+            InputError: the queries have another width or are not finite, a stored vector is not finite, or the index
+                has no use for nprobe or ef_search.
         """
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
@@ -114,17 +156,28 @@ class CaptionIndex:
             raise InputError("queries hold infinite or undefined numbers; encode them again, in float32")
         if k < 0:
             raise InputError(f"k is {k}; it must be 0 or more")
+        effort = self._effort | self._effort_of(nprobe, ef_search)
         found = min(k, len(self))
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         if found and len(queries):
-            scores[:, :found], rows[:, :found] = self._search(queries, found)
+            scores[:, :found], rows[:, :found] = self._search(queries, found, effort)
         return scores, rows
 
-    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _effort_of(self, nprobe: int | None, ef_search: int | None) -> dict[str, int]:
+        """What was given of the two, checked."""
+        given = {name: value for name, value in (("nprobe", nprobe), ("ef_search", ef_search)) if value is not None}
+        for name, value in given.items():
+            if not 1 <= value < 2**31:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+            if all(structure.effort != name for structure in self._structures.values()):
+                raise InputError(f"index {self.name} is not searched with {name}; leave it out")
+        return given
+
+    def _search(self, queries: np.ndarray, k: int, effort: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """`search` for k that the index can satisfy."""
-        if all(structure is None for structure in self._structures):
+        if not self._structures:
             return self._search_exactly(queries, k)
-        scores, rows = self._rank(queries, self._structured(queries, fetch_size(k)), k)
+        scores, rows = self._rank(queries, self._structured(queries, fetch_size(k), effort), k)
         short = rows[:, -1] < 0  # too few lists were probed, or too many of their rows are removed
         if short.any():
             scores[short], rows[short] = self._search_exactly(queries[short], k)
@@ -146,17 +199,16 @@ class CaptionIndex:
             return scores, rows if self._live_rows is None else self._live_rows[rows]
         return flat_search(self._live_blocks(), queries, k)
 
-    def _structured(self, queries: np.ndarray, k: int) -> np.ndarray:
+    def _structured(self, queries: np.ndarray, k: int, effort: dict[str, int]) -> np.ndarray:
         """Candidate rows of every segment, from its structure or exactly; -1 for removed rows and for none."""
         parts = []
-        for number, structure in enumerate(self._structures):
-            start, stop = self.files.starts[number : number + 2]
+        for number, segment in enumerate(self.files.segments):
+            structure = self._structures.get(segment)
             if structure is None:
-                blocks = (block for block in self._live_blocks() if start <= block[0][0] < stop)
-                parts.append(flat_search(blocks, queries, k)[1])
+                parts.append(flat_search(self._live_blocks([number]), queries, k)[1])
             else:
-                rows = structure.search(queries, int(min(k, stop - start)))[1]
-                parts.append(np.where(rows >= 0, rows + start, -1))
+                rows = structure.search(queries, min(k, len(segment.vectors)), effort)
+                parts.append(np.where(rows >= 0, rows + self.files.starts[number], -1))
         rows = np.concatenate(parts, axis=1)
         return np.where((rows >= 0) & self.files.live[rows], rows, -1)
 
@@ -168,6 +220,9 @@ class CaptionIndex:
             embeddings = self.embeddings(candidates[part]).astype(np.float64)  # [B, F, D]
             scores[part] = np.einsum("bfd,bd->bf", embeddings, queries[part].astype(np.float64))
         scores[candidates < 0] = -np.inf
+        faulty = candidates[(candidates >= 0) & ~np.isfinite(scores)]
+        if len(faulty):
+            raise InputError(f"row {faulty[0]} of {self.path} holds no finite vector; build the index again")
         order = np.lexsort((candidates, -scores))[:, :k]
         scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
         missing = max(0, k - rows.shape[1])
@@ -189,73 +244,26 @@ class CaptionIndex:
                 bounds[query] = max(bounds[query], scores[query, -1] - _ROUNDING)
         return scores, rows
 
-    def _live_blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (rows [n] ascending, their embeddings [n, D] float16), without removed rows."""
-        for start, block in self.files.blocks(BLOCK):
-            live = self.files.live[start : start + len(block)]
-            if live.all():
-                yield np.arange(start, start + len(block)), block
-            elif live.any():
-                yield start + np.flatnonzero(live), block[live]
-
-    def _open_structure(self, number: int, device: str) -> Any:
-        """The FAISS index of a segment, memory-mapped or on the GPU; None where the segment is searched exactly."""
-        if self.files.manifest["segments"][number]["search"] is None:
-            return None
-        import faiss
-
-        file = self.files.segment_folder(number) / SEARCH
-        try:
-            if self._gpu is not None:  # what is memory-mapped cannot be copied to a GPU
-                moved = faiss.index_cpu_to_gpu(self._gpu_resources, self._gpu, faiss.read_index(str(file)))
-                if isinstance(faiss.downcast_index(moved), faiss.GpuIndex):
-                    return moved
-                if device != "auto":
-                    raise InputError(f"FAISS cannot search {file} on a GPU; use --index-device cpu")
-            structure = faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        except RuntimeError as error:
-            raise InputError(f"FAISS cannot open {file} ({faiss_reason(error)}); make the index again") from error
-        rows = self.files.manifest["segments"][number]["rows"]
-        if structure.d != self.dim or structure.ntotal != rows:
-            raise InputError(
-                f"{file} holds {structure.ntotal} vectors of width {structure.d} where index.json says {rows} of width "
-                f"{self.dim}; make the index again"
-            )
-        return structure
-
-    @cached_property
-    def _gpu_resources(self) -> Any:
-        import faiss
-
-        return faiss.StandardGpuResources()
+    def _live_blocks(self, segments: Iterable[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (rows [n] ascending, embeddings [n, D] float16) of all or some segments, removed rows left out."""
+        for number in range(len(self.files.segments)) if segments is None else segments:
+            for start, block in self.files.segment_blocks(number, BLOCK):
+                live = self.files.live[start : start + len(block)]
+                if live.all():
+                    yield np.arange(start, start + len(block)), block
+                elif live.any():
+                    yield start + np.flatnonzero(live), block[live]
 
     @cached_property
     def _flat_on_gpu(self) -> Any:
         """All live rows on the GPU in float32, or None where they do not fit."""
         import faiss
 
-        needed, free = 4 * len(self) * self.dim, torch.cuda.mem_get_info(self._gpu)[0]
-        if needed > 0.8 * free:
-            say(f"index {self.name} needs {needed / 2**30:.1f} GB of GPU, {free / 2**30:.1f} are free: using the CPU")
+        if not fits_gpu(f"index {self.name}", 4 * len(self) * self.dim, self._gpu):
             return None
         settings = faiss.GpuIndexFlatConfig()
         settings.device = self._gpu
-        flat = faiss.GpuIndexFlatIP(self._gpu_resources, self.dim, settings)
+        flat = faiss.GpuIndexFlatIP(gpu_resources(), self.dim, settings)
         for _, block in self._live_blocks():
             flat.add(widened(block))
         return flat
-
-
-def _gpu_number(device: str) -> int | None:
-    """The GPU that FAISS may use for `auto`, `cpu`, `gpu`, `cuda` or `cuda:N`; None is the CPU."""
-    picked = pick_device("cuda" if device == "gpu" else device)
-    if picked.type == "cpu":
-        return None
-    import faiss
-
-    number = picked.index or 0
-    if number < getattr(faiss, "get_num_gpus", int)():
-        return number
-    if device == "auto":
-        return None
-    raise InputError("the installed FAISS has no GPU support; install faiss-gpu, or use --index-device cpu")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipcap_rag.caption_inputs import StoredEmbeddings, checked_texts, text_batches
 from clipcap_rag.caption_result import CaptionResult
-from clipcap_rag.checkpoint import Checkpoint, read_checkpoint
+from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Embeddings, EncodedImages, Encoder, check_encoder
@@ -24,7 +24,7 @@ from clipcap_rag.prefix_words import PrefixWord, prefix_words
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
 from clipcap_rag.retriever import Neighbors, Retriever
-from clipcap_rag.shipped import STARTER, mending, starter_checkpoint
+from clipcap_rag.shipped import mending
 
 
 class Captioner:
@@ -39,7 +39,7 @@ class Captioner:
         index_device: str = "auto",
         base: Path | None = None,
     ):
-        """base: the folder that a relative CLIP path in the checkpoint refers to."""
+        """base: the folder that relative paths in the checkpoint refer to."""
         self.checkpoint, self.device = checkpoint, pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.model = checkpoint.model.to(self.device, self.dtype).eval()
@@ -49,25 +49,18 @@ class Captioner:
     def from_pretrained(
         cls, path: str | Path, device: str = "auto", dtype: str = "auto", index_device: str = "auto"
     ) -> "Captioner":
-        """Opens a checkpoint, the best one of a training run, or "starter", the captioner that comes with the package.
+        """Opens a checkpoint, the best one of a training run, hf-hub:ORG/NAME (with @REVISION), or "starter".
+
+        "starter" is the captioner that comes with the package; one from the hub is fetched once and then found in its
+        cache.
 
         Raises:
             InputError: there is none at `path`, or it is altered, incomplete or of another version.
         """
-        options = {"device": device, "dtype": dtype, "index_device": index_device}
-        if path == STARTER:
-            with mending(starter_checkpoint()):
-                return cls(read_checkpoint(starter_checkpoint()), **options)
-        folder = Path(path)
-        if not folder.is_dir():
-            raise InputError(
-                f"no model at {folder}; give --model the folder that `clipcap-rag train` wrote, or starter"
-            )
-        if (folder / "run.json").is_file():
-            folder = folder / "best"
-            if not folder.is_dir():
-                raise InputError(f"{path} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
-        return cls(read_checkpoint(folder), base=folder, **options)
+        folder = checkpoint_folder(path)
+        with mending(folder):
+            checkpoint = read_checkpoint(folder)
+        return cls(checkpoint, device=device, dtype=dtype, index_device=index_device, base=folder)
 
     @classmethod
     def from_clipcap(
@@ -125,7 +118,7 @@ class Captioner:
 
         Raises:
             InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
-                another CLIP model, an unknown setting, or a prompt that does not fit.
+                another CLIP model, a prompt that does not fit, or an unknown setting.
         """
         given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
         return list(self.stream(*given, **settings))
@@ -234,7 +227,7 @@ class Captioner:
 
     @cached_property
     def _indexes(self) -> OpenIndexes:
-        return OpenIndexes(self.checkpoint, self._index_device)
+        return OpenIndexes(self.checkpoint, self._index_device, self._base)
 
     def retriever(self, index: IndexChoice, num_neighbors: int | None = None) -> tuple[Retriever, int]:
         """The retriever over the chosen indexes and the number of neighbours; both as `caption` takes them."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from clipcap_rag import hub
 from clipcap_rag.artifact import read_manifest, write_manifest
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError
@@ -22,8 +23,9 @@ from clipcap_rag.model import (
     load_tokenizer,
     tune,
 )
+from clipcap_rag.shipped import STARTER, starter_checkpoint
 
-KIND, VERSION = "checkpoint", 1
+KIND, VERSION, MANIFEST = "checkpoint", 1, "config.json"
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Checkpoint:
             "training": self.training,
             "stop_token": self.stop_token,
         }
-        write_manifest(folder, "config.json", KIND, VERSION, fields)
+        write_manifest(folder, MANIFEST, KIND, VERSION, fields)
 
     def _card(self) -> str:
         learned = sum(tensor.numel() for tensor in learned_state(self.model).values())
@@ -87,6 +89,28 @@ class Checkpoint:
         )
 
 
+def checkpoint_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint, of the best one of a training run, of `starter`, or of hf-hub:ORG/NAME.
+
+    Raises:
+        InputError: there is none.
+    """
+    if model == STARTER:
+        return starter_checkpoint()
+    if str(model).startswith(hub.PREFIX):
+        return hub.fetch_artifact(str(model), MANIFEST, KIND)
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(
+            f"no model at {folder}; give --model the folder that `clipcap-rag train` wrote, starter or hf-hub:ORG/NAME"
+        )
+    if not (folder / "run.json").is_file():
+        return folder
+    if not (folder / "best").is_dir():
+        raise InputError(f"{model} has no checkpoint yet; let `clipcap-rag train` finish its first epoch")
+    return folder / "best"
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Opens a checkpoint in float32 on the CPU.
 
@@ -94,13 +118,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         InputError: missing or altered files, another format version, unknown or missing weights, or a language model
             that it refers to cannot be found.
     """
-    manifest = read_manifest(folder, "config.json", KIND, VERSION)
+    manifest = read_manifest(folder, MANIFEST, KIND, VERSION)
     config = ModelConfig.from_json(manifest["model"])
     source = manifest["language_model"]
     if config.language_model_tuning == "full":
         language_model = language_model_from_config(source["config"])
     else:
-        language_model, _ = load_language_model(source["name"])
+        beside = folder / source["name"]  # a pushed checkpoint brings the language model along
+        language_model, _ = load_language_model(str(beside if beside.is_dir() else source["name"]))
     tokenizer = load_tokenizer(folder)
     model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id)
     load_weights(model, folder / "model.safetensors")

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from clipcap_rag import hub
 from clipcap_rag.errors import InputError
 from clipcap_rag.image_loader import Preprocess
 from clipcap_rag.shipped import STARTER, mending, starter_checkpoint, starter_clip
 
 # open_clip is imported where it is used: that takes seconds, and comparing two records needs none of it.
 
-_LOCAL, _HUB = "local-dir:", "hf-hub:"
+_LOCAL, _HUB = "local-dir:", hub.PREFIX
 _CONFIG, _WEIGHTS = "open_clip_config.json", ("*.safetensors", "*.bin", "*.pth")
 
 
@@ -53,9 +54,9 @@ def parse_clip(clip: str, base: Path | None = None) -> tuple[str, str | None]:
 
     name, colon, tag = clip.partition(":")
     models = open_clip.list_models()
-    if name.replace("/", "-") in models:
-        name = name.replace("/", "-")  # ViT-B/32 is how the paper writes it
-        return _with_quick_gelu(name, _tag(name, tag if colon else None))
+    spelled = re.sub(r"@(\d+)(px)?$", r"-\1", name.replace("/", "-"))  # OpenAI writes ViT-B/32 and ViT-L/14@336px
+    if spelled in models:
+        return _with_quick_gelu(spelled, _tag(spelled, tag if colon else None))
     if clip and _path(clip, base).is_dir():
         return _LOCAL + str(_model_folder(clip, base)), None
     lower = {model.lower(): model for model in models}
@@ -133,6 +134,7 @@ def open_model(
     if name == STARTER:
         with mending(starter_checkpoint()):
             return open_model(*parse_clip(f"{_LOCAL}{starter_clip()}"))
+    _find_on_hub(name, tag)
     try:
         config = open_clip.get_model_config(name)
         _refuse_code(config, name)
@@ -159,6 +161,21 @@ def open_model(
         raise InputError(
             f"the CLIP model {name if tag is None else f'{name}:{tag}'} cannot be loaded ({reason}); {remedy}"
         ) from error
+
+
+def _find_on_hub(name: str, tag: str | None) -> None:
+    """Makes a model that is neither here nor to be had fail at once: open_clip would try for over a minute."""
+    import open_clip
+
+    # of the models that have a tag, open_clip notes REPOSITORY/FILE
+    repository = name if tag is None else open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rpartition("/")[0]
+    if not repository or repository.startswith(_LOCAL):
+        return
+    try:
+        hub.fetch(repository, [_CONFIG])
+    except InputError as error:
+        shown = name if tag is None else f"{name}:{tag}"
+        raise InputError(f"the CLIP model {shown} cannot be loaded because {error}") from error
 
 
 def random_model(name: str) -> tuple[int, torch.nn.Module, Callable[[list[str]], torch.Tensor], Preprocess]:

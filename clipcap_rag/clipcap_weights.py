@@ -143,7 +143,7 @@ def _settled(state: ClipCapState, given: dict[str, Any]) -> dict[str, Any]:
     known, width = _known(state), state.clip_dim
     questions = {
         "clip": f"--clip MODEL (whose embeddings are {width} wide{_CLIPS.get(width, '')})",
-        "normalize": "--normalize or --no-normalize (whether it was trained on unit-length embeddings)",
+        "normalize": "--normalize or --no-normalize (whether it was trained with --normalize_prefix)",
         "language_model": "--language-model MODEL (the GPT-2 that it writes with)",
     }
     asked = [question for name, question in questions.items() if name not in known | given]

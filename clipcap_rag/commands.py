@@ -4,13 +4,22 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from clipcap_rag import caption_commands, convert_commands, feature_commands, index_commands
-from clipcap_rag.config import EvaluationConfig, GenerationConfig, ModelConfig, TrainConfig
+from clipcap_rag import (
+    caption_commands,
+    convert_commands,
+    feature_commands,
+    hub_commands,
+    index_commands,
+    index_edit_commands,
+    prepare_commands,
+    training_commands,
+)
+from clipcap_rag.config import EvaluationConfig, GenerationConfig
 from clipcap_rag.flags import (
     CLIP_HELP,
     INDEX_HELP,
+    MODEL_HELP,
     add_captions,
     add_compute,
     add_config,
@@ -22,12 +31,6 @@ from clipcap_rag.flags import (
 from clipcap_rag.output import DONE, SOME_FAILED, print_json
 from clipcap_rag.progress import say
 from clipcap_rag.sources import SourceOptions
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "rag": {},
-    "clipcap-mlp": {"mapper": "mlp", "normalize": False},
-    "clipcap-transformer": {"mapper": "transformer", "normalize": False, "language_model_tuning": "frozen"},
-}
 
 
 @dataclass(frozen=True)
@@ -71,44 +74,8 @@ def extract(given: Namespace) -> int:
     return SOME_FAILED if features.errors else DONE
 
 
-def _train_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--features", required=True, metavar="DIR", help="feature set of the training photos")
-    parser.add_argument("--index", help=f"caption index to retrieve from: {INDEX_HELP}")
-    text = "GPT-2-family model to start from: a folder or a hub id such as gpt2"
-    parser.add_argument("--language-model", required=True, metavar="MODEL", help=text)
-    text = "feature set to validate on (default: a part of --features)"
-    parser.add_argument("--validation-features", metavar="DIR", help=text)
-    add_out(parser)
-    text = "defaults of the model flags: retrieval, or one of ClipCap's two models (default: rag)"
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="rag", help=text)
-    add_config(parser, ModelConfig, "model", omit=("clip_dim", "lm_dim"))
-    add_config(parser, TrainConfig, "training")
-    add_compute(parser)
-
-
-def train(given: Namespace) -> int:
-    """Train a captioner; a stopped run continues when the same command is run again."""
-    model_config, train_config = make_config(ModelConfig, given, PRESETS[given.preset]), make_config(TrainConfig, given)
-    from clipcap_rag.training import train as run_training
-
-    out = run_training(
-        given.features,
-        given.index,
-        given.language_model,
-        given.out,
-        model_config=model_config,
-        train_config=train_config,
-        validation_features=given.validation_features,
-        device=given.device,
-        dtype=given.dtype,
-        overwrite=given.overwrite,
-    )
-    print(f"{out}: trained; caption photos with: clipcap-rag caption PHOTO --model {out}")
-    return DONE
-
-
 def _evaluate_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="a training run or checkpoint")
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
     )
@@ -190,14 +157,25 @@ COMMANDS = {
     "index build": Command(index_commands.build_flags, index_commands.build),
     "index info": Command(index_commands.info_flags, index_commands.info),
     "index search": Command(index_commands.search_flags, index_commands.search),
+    "index add": Command(index_edit_commands.add_flags, index_edit_commands.add),
+    "index remove": Command(index_edit_commands.remove_flags, index_edit_commands.remove),
+    "index update": Command(index_edit_commands.update_flags, index_edit_commands.update),
+    "index compact": Command(index_edit_commands.compact_flags, index_edit_commands.compact),
+    "index lint": Command(index_edit_commands.lint_flags, index_edit_commands.lint),
     "index verify": Command(index_commands.verify_flags, index_commands.verify),
+    "prepare coco": Command(prepare_commands.coco_flags, prepare_commands.coco),
+    "prepare flickr": Command(prepare_commands.flickr_flags, prepare_commands.flickr),
+    "prepare nocaps": Command(prepare_commands.nocaps_flags, prepare_commands.nocaps),
+    "prepare conceptual": Command(prepare_commands.conceptual_flags, prepare_commands.conceptual),
     "extract": Command(_extract_flags, extract),
-    "train": Command(_train_flags, train),
+    "train": Command(training_commands.train_flags, training_commands.train),
+    "sweep": Command(training_commands.sweep_flags, training_commands.sweep),
     "caption": Command(caption_commands.caption_flags, caption_commands.caption),
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),
     "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),
+    "push": Command(hub_commands.push_flags, hub_commands.push),
     "bench": Command(_bench_flags, bench),
     "doctor": Command(_doctor_flags, doctor),
 }

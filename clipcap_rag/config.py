@@ -98,11 +98,6 @@ class GenerationConfig(Config):
     prompt: str = option("", "words that every caption starts with; the model continues them")
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 
-    @property
-    def captions_per_image(self) -> int:
-        """How many are written; equal ones are merged afterwards."""
-        return {"greedy": 1, "sample": self.candidates}.get(self.decoding, self.num_beams)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.candidates >= 1, f"candidates is {self.candidates}; it must be at least 1")
@@ -121,6 +116,11 @@ class GenerationConfig(Config):
         """The most tokens that a caption has."""
         return self.max_new_tokens or (67 if self.decoding == "clipcap" else 40)
 
+    @property
+    def captions_per_image(self) -> int:
+        """How many are written; equal ones are merged afterwards."""
+        return {"greedy": 1, "sample": self.candidates}.get(self.decoding, self.num_beams)
+
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
@@ -132,7 +132,9 @@ class TrainConfig(Config):
     learning_rate: float = option(2e-4, "peak learning rate of AdamW for the mapper")
     lm_learning_rate: float = option(5e-5, "peak learning rate of AdamW for the language model")
     weight_decay: float = option(0.01, "AdamW weight decay of matrices")
-    warmup: float = option(0.05, "part of all steps in which the learning rate rises")
+    warmup: float = option(
+        0.05, "batches in which the learning rate rises: below 1 a part of the training, from 1 on their number"
+    )
     schedule: str = option("cosine", "how the learning rate falls to 0 afterwards", ("cosine", "linear"))
     gradient_clip: float = option(1.0, "largest gradient norm; 0 leaves gradients alone")
     max_caption_tokens: int = option(40, "longest caption that is trained on, in tokens; the rest is cut")
@@ -153,12 +155,15 @@ class TrainConfig(Config):
         super().__post_init__()
         for name in ("epochs", "batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup", "validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling",
-                     "random_neighbors"):  # fmt: skip
+        for name in ("validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling", "random_neighbors"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("seed", "validation_images", "patience", "max_neighbors", "weight_decay", "gradient_clip",
                      "neighbor_noise", "image_noise"):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
+        _require(
+            0 <= self.warmup < 1 or (self.warmup > 0 and float(self.warmup).is_integer()),
+            f"warmup is {self.warmup}; give a part of the training below 1 or a whole number of batches",
+        )
         for name in ("learning_rate", "lm_learning_rate"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(
@@ -202,3 +207,24 @@ class EvaluationConfig(Config):
     def names(self) -> list[str]:
         """The decodings one by one."""
         return [name.strip() for name in self.decodings.split(",")]
+
+
+@dataclass(frozen=True)
+class DownloadConfig(Config):
+    """How photos are fetched from the web, and which of them are kept."""
+
+    threads: int = option(32, "photos fetched and decoded at a time")
+    connect_timeout: float = option(10.0, "seconds that a server may take to be reached")
+    read_timeout: float = option(15.0, "seconds that a server may be silent")
+    total_timeout: float = option(60.0, "seconds for one URL in all: redirects, further tries and pauses included")
+    retries: int = option(2, "further tries after a timeout, a cut connection or a passing server error")
+    max_megabytes: float = option(32.0, "largest file that is fetched, in MB")
+    min_side: int = option(64, "shortest side of a photo that is kept, in pixels")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("threads", "min_side"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("connect_timeout", "read_timeout", "total_timeout", "max_megabytes"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        _require(self.retries >= 0, f"retries is {self.retries}; it must be 0 or more")

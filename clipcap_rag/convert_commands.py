@@ -9,18 +9,22 @@ from clipcap_rag.output import DONE
 def clipcap_flags(parser: ArgumentParser) -> None:
     parser.add_argument("weights", metavar="WEIGHTS", help="state dict of a ClipCap model, a .pt file")
     add_out(parser)
-    parser.add_argument("--clip", metavar="MODEL", help=f"CLIP model that it was trained with (as in {CLIP_HELP})")
+    parser.add_argument("--clip", metavar="MODEL", help=CLIP_HELP)
     text = "GPT-2-family model for its tokenizer, and its weights if WEIGHTS has none: a folder or a hub id"
     parser.add_argument("--language-model", metavar="MODEL", help=text)
-    text = "whether it was trained on unit-length image embeddings"
+    text = "whether it was trained on unit-length image embeddings (--normalize_prefix)"
     parser.add_argument("--normalize", action=BooleanOptionalAction, help=text)
-    text = "text whose first token ends a caption; empty for none (default: .)"
+    text = "text whose first token ends a caption, ' .' where points stand alone; empty for none (default: .)"
     parser.add_argument("--stop-token", default=".", metavar="TEXT", help=text)
     add_compute(parser)
 
 
 def clipcap(given: Namespace) -> int:
-    """Make a captioner of ClipCap's weights; of the published ones all is known, of others --clip and more is asked."""
+    """Make a captioner of ClipCap's weights.
+
+    What the weights do not tell (--clip, --language-model, --normalize) is known of those that ClipCap's authors
+    published, and must be given for others.
+    """
     from clipcap_rag.clipcap_weights import convert_clipcap
 
     checkpoint = convert_clipcap(

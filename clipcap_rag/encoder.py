@@ -100,6 +100,7 @@ class Encoder:
         model.visual = tower.to(device=device, dtype=self._pixel_dtype, memory_format=torch.channels_last)
         self.model = model.eval().requires_grad_(False)
         self._text_tower = TextTower(self.model)
+        self._records: dict[tuple[str, ...], dict[str, Any]] = {}
 
     @classmethod
     def load(cls, clip: str, device: str = "auto", dtype: str = "auto", base: Path | None = None) -> "Encoder":
@@ -219,8 +220,11 @@ class Encoder:
         return self._record(PROBE_SENTENCES)
 
     def _record(self, sentences: Sequence[str]) -> dict[str, Any]:
-        image = self.encode_pixels(self.preprocess(probe_image())[None]).vectors[0]
-        return encoder_record(self.clip, sentences, self.encode_text(sentences).vectors, image)
+        known = tuple(sentences)
+        if known not in self._records:
+            image = self.encode_pixels(self.preprocess(probe_image())[None]).vectors[0]
+            self._records[known] = encoder_record(self.clip, sentences, self.encode_text(sentences).vectors, image)
+        return self._records[known]
 
 
 def check_encoder(record: dict[str, Any], encoder: Encoder, owner: str) -> None:

@@ -14,7 +14,7 @@ from pyarrow import feather
 from clipcap_rag.artifact import join_arrays, read_manifest, resumable_directory, save_array, write_json, write_manifest
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.errors import InputError
-from clipcap_rag.images import IMAGE_EXTENSIONS, walk_files
+from clipcap_rag.images import photo_finder
 from clipcap_rag.progress import bar
 from clipcap_rag.sources import BadLines, CaptionRecord, SourceOptions, read_captions
 
@@ -136,16 +136,13 @@ def _group(records: Iterable[CaptionRecord], folder: Path) -> list[_Photo]:
     """One entry per photo, in order of first appearance, with all its captions."""
     photos: dict[str, _Photo] = {}
     named: dict[str, str] = {}
-    by_stem: dict[str, Path] | None = None
+    find = photo_finder(folder)
     for record in records:
         if record.image is None and record.image_id is None:
             continue
         key = record.image_id or Path(record.image).stem
         if key not in photos:
-            path = folder / (record.image or key)
-            if not path.is_file():  # caption files of COCO and Karpathy name folders that people often flatten
-                by_stem = _images_by_stem(folder) if by_stem is None else by_stem
-                path = by_stem.get(path.stem if record.image else key, path)
+            path = find(record.image, Path(record.image).stem) if record.image else find(key, key)
             photos[key], named[key] = _Photo(key, path, []), record.image
         if record.image != named[key]:
             raise InputError(
@@ -153,10 +150,6 @@ def _group(records: Iterable[CaptionRecord], folder: Path) -> list[_Photo]:
             )
         photos[key].captions.append(record.caption)
     return list(photos.values())
-
-
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    return {file.stem: file for file in walk_files(folder) if file.suffix.lower() in IMAGE_EXTENSIONS}
 
 
 def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: int, workers: int) -> None:

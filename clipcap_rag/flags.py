@@ -13,7 +13,10 @@ from clipcap_rag.sources import SourceOptions
 Configuration = TypeVar("Configuration")
 
 CLIP_HELP = "CLIP model: starter (the one of the package), NAME, NAME:TAG, local-dir:PATH or a folder, hf-hub:ORG/NAME"
-INDEX_HELP = "a folder, or a name looked up in $CLIPCAP_RAG_INDEX_DIR, ./index and the indexes of the package"
+INDEX_HELP = (
+    "a folder, a name looked up in $CLIPCAP_RAG_INDEX_DIR, ./index and the indexes of the package, or hf-hub:ORG/NAME"
+)
+MODEL_HELP = "a training run, a checkpoint, starter or hf-hub:ORG/NAME[@REVISION]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,12 +78,15 @@ def add_config(parser: argparse.ArgumentParser, config: type, title: str, omit: 
         group.add_argument(flag_name(field.name), type=kind, choices=choices, metavar=metavar, **options)
 
 
-def make_config(
-    config: type[Configuration], given: argparse.Namespace, defaults: dict[str, Any] | None = None
-) -> Configuration:
-    """The configuration of what was given, of `defaults` where a flag was not, and of the dataclass for the rest."""
+def given_fields(config: type, given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration dataclass whose flags were given."""
     names = [field.name for field in dataclasses.fields(config)]
-    return config(**(defaults or {}) | {name: getattr(given, name) for name in names if hasattr(given, name)})
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
+
+
+def make_config(config: type[Configuration], given: argparse.Namespace) -> Configuration:
+    """The configuration of what was given, with the defaults of the dataclass for the rest."""
+    return config(**given_fields(config, given))
 
 
 def _plain(kind: Any) -> type:
@@ -114,10 +120,10 @@ def add_compute(
         group.add_argument("--workers", type=count, default=workers, metavar="N", help=text)
 
 
-def add_captions(parser: argparse.ArgumentParser) -> None:
+def add_captions(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --captions and what reading them needs."""
     text = "caption files or folders; .gz of any text is fine"
-    parser.add_argument("--captions", nargs="+", required=True, metavar="PATH", help=text)
+    parser.add_argument("--captions", nargs="+", required=required, metavar="PATH", help=text)
     add_config(parser, SourceOptions, "reading captions")
     text = "count and list bad lines instead of stopping at the first"
     parser.add_argument("--skip-bad", action="store_true", help=text)

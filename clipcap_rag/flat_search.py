@@ -26,7 +26,7 @@ def flat_search(
     for rows, block in blocks:
         scores, places = faiss.knn(queries, widened(block), min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         scores = np.concatenate([best_scores, scores], axis=1)
-        candidates = np.concatenate([best_rows, rows[places]], axis=1)
+        candidates = np.concatenate([best_rows, np.where(places >= 0, rows[places], -1)], axis=1)  # NaN is not found
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         best_scores, best_rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
     return best_scores, best_rows
@@ -43,8 +43,7 @@ def fetch_size(k: int) -> int:
     return k + k // 8 + _SLACK
 
 
-def faiss_reason(error: RuntimeError) -> str:
-    """FAISS's own words without the place in its source."""
-    return re.sub(
-        r"^Error in .*? at .*?:\d+: (Error: '.*?' failed: ?)?", "", str(error).strip(), flags=re.DOTALL
-    ).strip()
+def faiss_reason(error: Exception) -> str:
+    """FAISS's own words on one line, without the place in its source."""
+    words = re.sub(r"^Error in .*? at .*?:\d+: (Error: '.*?' failed: ?)?", "", str(error).strip(), flags=re.DOTALL)
+    return " ".join(words.split()) or type(error).__name__

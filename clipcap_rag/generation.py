@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.errors import InputError
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.prompt import with_prompt
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
 _NUCLEUS = 256  # tokens looked at first on a CPU when the nucleus is cut out of the vocabulary
@@ -57,17 +57,9 @@ def write_captions(
     Raises:
         InputError: the prompt leaves the language model no position to write at.
     """
-    prompt = prompt_tokens(tokenizer, config.prompt)
-    longest = model.language_model.config.n_positions - prefix.shape[1] - len(prompt)
-    if longest < 1:
-        raise InputError(
-            f"the prompt has {len(prompt)} tokens, and this model has room for {longest + len(prompt) - 1} "
-            "and a word; shorten --prompt"
-        )
-    words = model.language_model.get_input_embeddings()(torch.tensor(prompt, dtype=torch.long, device=prefix.device))
-    prefix = torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1)
-    steps, ends = min(config.longest, longest), _ends(model, tokenizer, config, stop_token)
-    per_image = config.captions_per_image
+    prefix, prompt = with_prompt(model, tokenizer, prefix, config.prompt)
+    steps = min(config.longest, model.language_model.config.n_positions - prefix.shape[1])
+    per_image, ends = config.captions_per_image, _ends(model, tokenizer, config, stop_token)
     images = max(1, _SEQUENCES // per_image)
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
@@ -96,18 +88,6 @@ def _ends(
 
 def _ended(tokens: Tensor, ends: list[int]) -> Tensor:
     return torch.stack([tokens == end for end in ends]).any(0)
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a prompt, made as training makes those of a caption; none for an empty one.
-
-    A space at its end is left out, because the token of the next word brings its own.
-    """
-    text = " ".join(prompt.split())
-    tokens = tokenizer(text, verbose=False)["input_ids"] if text else []
-    if tokenizer.eos_token_id in tokens:
-        raise InputError(f"the prompt {prompt!r} holds {tokenizer.eos_token}, which ends a caption; leave it out")
-    return tokens
 
 
 def _read(

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +172,12 @@ def image_name(image: ImageLike, position: int) -> str:
     return _printable(image) if isinstance(image, str | Path) else f"image-{position}"
 
 
+def image_suffix(content: bytes) -> str:
+    """The file extension that fits the content of an image file which `decode_image` takes."""
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}.get(image.format, f".{image.format.lower()}")
+
+
 def image_digest(image: Image.Image) -> bytes:
     """16-byte hash of the size and pixels of an RGB image; it seeds what is random about this image."""
     header = f"{image.mode} {image.width} {image.height} ".encode()
@@ -214,6 +220,25 @@ def _expand(argument: str | Path) -> list[Path]:
 
 def _pictures(folder: Path) -> list[Path]:
     return [file for file in walk_files(folder) if file.suffix.lower() in IMAGE_EXTENSIONS]
+
+
+def photo_finder(folder: Path) -> Callable[[str, str], Path]:
+    """A function that finds photos of a folder by (name, stem).
+
+    It returns `folder / name`, else, as people flatten the folders that COCO names, a picture with that stem anywhere
+    below; where there is neither, the first.
+    """
+    by_stem: dict[str, Path] = {}
+
+    def find(name: str, stem: str) -> Path:
+        path = folder / name
+        if path.is_file():
+            return path
+        if not by_stem:
+            by_stem.update({picture.stem: picture for picture in _pictures(folder)})
+        return by_stem.get(stem, path)
+
+    return find
 
 
 def walk_files(folder: Path) -> Iterator[Path]:

@@ -16,8 +16,9 @@ from clipcap_rag import __version__
 from clipcap_rag.artifact import disk_errors, refuse_existing, resumable_directory, write_bytes
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig
-from clipcap_rag.encoder import Encoder, stored_clip
+from clipcap_rag.encoder import Encoder, check_same_encoder, stored_clip
 from clipcap_rag.errors import InputError
+from clipcap_rag.features import FeatureSet
 from clipcap_rag.index_store import (
     EMBEDDINGS,
     SCHEMA,
@@ -49,6 +50,7 @@ def build_caption_index(
     skip_bad: bool = False,
     overwrite: bool = False,
     licence: str | None = None,
+    query_features: str | Path | None = None,
 ) -> CaptionIndex:
     """Encodes all captions of the files and writes them as a searchable index.
 
@@ -67,6 +69,7 @@ def build_caption_index(
         skip_bad: count and list bad lines instead of stopping at the first.
         overwrite: replace `out` if it exists.
         licence: the terms of the captions, stored in index.json.
+        query_features: a feature set whose photos the search is tuned with, where it is not exact.
 
     Returns:
         The index, opened on the CPU.
@@ -79,30 +82,19 @@ def build_caption_index(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     refuse_existing(out, overwrite)
-    for path in paths:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise InputError(f"{path} is a pipe or a device, which cannot be read twice; save the captions to a file")
     bad = BadLines(skip_bad)
-    rows = _count(read_captions(paths, options, bad))
-    if not rows:
-        raise InputError(
-            f"there is no caption in {', '.join(map(str, paths)) or 'no file'}; give --captions files that hold some"
-        )
-    if bad.count:
-        say(f"{bad.count} bad lines are left out, the first are: {'; '.join(bad.listed)}")
+    rows = count_captions(paths, options, bad)
     encoder = Encoder.load(clip, device, dtype)
+    queries = photo_queries(query_features, encoder.record(), f"the CLIP model {clip}") if query_features else None
     plan_search(config, rows, encoder.dim)  # refuses what cannot be built before hours of encoding
-    job = _job(paths, options, encoder, batch_size, rows)
+    job = encoding_job(paths, options, encoder, batch_size, rows)
     with disk_errors(out), index_lock(out), resumable_directory(out, job, overwrite) as staging:
         segment = staging / "segments" / _SEGMENT
-        if not segment.is_dir():
-            records = read_captions(paths, options, BadLines(skip_bad))
-            _encode(records, encoder, batch_size, rows, staging / "chunks")
-            _join(staging / "chunks", segment, encoder.dim, rows)
+        records = read_captions(paths, options, BadLines(skip_bad))
+        encode_segment(records, rows, encoder, batch_size, staging / "chunks", segment)
         # the segment is whole from here on; what a killed run left of the later steps is made again
-        shutil.rmtree(staging / "chunks", ignore_errors=True)
         (segment / SEARCH).unlink(missing_ok=True)
-        search = build_search_structure(segment / EMBEDDINGS, config, segment / SEARCH)
+        search = build_search_structure(segment / EMBEDDINGS, config, segment / SEARCH, queries)
         write_index_manifest(
             staging,
             revision=1,
@@ -114,11 +106,66 @@ def build_caption_index(
     return CaptionIndex.open(out, device="cpu")
 
 
-def _count(records: Iterable[CaptionRecord]) -> int:
-    return sum(1 for _ in track(records, "counting captions", unit="caption"))
+def encode_segment(
+    records: Iterator[CaptionRecord],
+    rows: int,
+    encoder: Encoder,
+    batch_size: int,
+    chunks: Path,
+    segment: Path,
+    first_id: int = 0,
+) -> None:
+    """Encodes records into the folder `segment`, which appears whole; a killed run continues at the last chunk.
+
+    Args:
+        records: `rows` captions, from the first on.
+        chunks: folder for what is done; it is removed in the end.
+        first_id: the caption_id of the first record.
+
+    Raises:
+        InputError: there are more or fewer records than `rows`.
+    """
+    if not segment.is_dir():
+        _encode(records, encoder, batch_size, rows, chunks, first_id)
+        _join(chunks, segment, encoder.dim, rows)
+    shutil.rmtree(chunks, ignore_errors=True)
 
 
-def _job(paths: list[Path], options: SourceOptions, encoder: Encoder, batch_size: int, rows: int) -> dict[str, Any]:
+def photo_queries(features: str | Path, encoder: dict[str, Any], owner: str) -> np.ndarray:
+    """Image embeddings [Q, D] float32 of unit length of a feature set made by the model of `owner`.
+
+    Raises:
+        InputError: there is no such feature set, it holds no photo, or another model made it.
+    """
+    photos = FeatureSet.open(features)
+    check_same_encoder(photos.encoder, f"the feature set {features}", encoder, owner)
+    if not len(photos):
+        raise InputError(f"the feature set {features} holds no photo; give another one")
+    return photos.unit_embeddings()
+
+
+def count_captions(paths: list[Path], options: SourceOptions, bad: BadLines) -> int:
+    """The number of captions of files that will be read again; every fault of theirs is found by this.
+
+    Raises:
+        InputError: there is none, a file cannot be read twice, or as `read_captions`.
+    """
+    for path in paths:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is a pipe or a device, which cannot be read twice; save the captions to a file")
+    rows = sum(1 for _ in track(read_captions(paths, options, bad), "counting captions", unit="caption"))
+    if not rows:
+        raise InputError(
+            f"there is no caption in {', '.join(map(str, paths)) or 'no file'}; give --captions files that hold some"
+        )
+    if bad.count:
+        say(f"{bad.count} bad lines are left out, the first are: {'; '.join(bad.listed)}")
+    return rows
+
+
+def encoding_job(
+    paths: list[Path], options: SourceOptions, encoder: Encoder, batch_size: int, rows: int
+) -> dict[str, Any]:
     """What determines the bytes of captions.arrow and embeddings.npy."""
     return {
         "sources": [_stamp(file) for path in paths for file in _files(path)],
@@ -142,7 +189,9 @@ def _stamp(file: Path) -> list[Any]:
     return [str(file.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _encode(records: Iterator[CaptionRecord], encoder: Encoder, batch_size: int, rows: int, chunks: Path) -> None:
+def _encode(
+    records: Iterator[CaptionRecord], encoder: Encoder, batch_size: int, rows: int, chunks: Path, first_id: int
+) -> None:
     """Writes one file per CHUNK of records: their columns and, as bytes, their float16 embeddings."""
     chunks.mkdir(exist_ok=True)
     done = 0
@@ -157,7 +206,7 @@ def _encode(records: Iterator[CaptionRecord], encoder: Encoder, batch_size: int,
             encoded = encoder.encode_text(
                 [record.caption for record in part], batch_size=batch_size, on_progress=progress.update
             )
-            _save_chunk(_chunk_file(chunks, done), part, done * CHUNK, encoded.vectors)
+            _save_chunk(_chunk_file(chunks, done), part, first_id + done * CHUNK, encoded.vectors)
             done, read = done + 1, read + len(part)
     if read != rows:
         raise InputError(f"the caption files changed while they were read ({rows} captions, then {read}); run it again")
@@ -169,15 +218,7 @@ def _chunk_file(chunks: Path, number: int) -> Path:
 
 def _save_chunk(file: Path, records: list[CaptionRecord], first: int, vectors: np.ndarray) -> None:
     stored = vectors.astype(np.float16)
-    batch = caption_batch(
-        {
-            "caption": [record.caption for record in records],
-            "caption_id": [str(first + number) for number in range(len(records))],
-            "image_id": [record.image_id for record in records],
-            "source": [record.source for record in records],
-            "meta": [record.meta for record in records],
-        }
-    )
+    batch = record_batch(records, range(first, first + len(records)))
     width = pa.binary(2 * stored.shape[1])
     embedding = pa.FixedSizeBinaryArray.from_buffers(width, len(stored), [None, pa.py_buffer(stored)])
     schema = SCHEMA.append(pa.field(_EMBEDDING, width))
@@ -185,6 +226,19 @@ def _save_chunk(file: Path, records: list[CaptionRecord], first: int, vectors: n
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch([*batch.columns, embedding], schema=schema))
     write_bytes(file, sink.getvalue())
+
+
+def record_batch(records: Sequence[CaptionRecord], caption_ids: Iterable[int | str]) -> pa.RecordBatch:
+    """Records as a batch of `index_store.SCHEMA`."""
+    return caption_batch(
+        {
+            "caption": [record.caption for record in records],
+            "caption_id": [str(caption_id) for caption_id in caption_ids],
+            "image_id": [record.image_id for record in records],
+            "source": [record.source for record in records],
+            "meta": [record.meta for record in records],
+        }
+    )
 
 
 def _join(chunks: Path, segment: Path, dim: int, rows: int) -> None:
@@ -199,11 +253,16 @@ def _join(chunks: Path, segment: Path, dim: int, rows: int) -> None:
     os.rename(unfinished, segment)
 
 
+def source_records(paths: list[Path]) -> list[dict[str, Any]]:
+    """What index.json says of the files that captions came from."""
+    return [{"name": path.name, "bytes": sum(file.stat().st_size for file in _files(path))} for path in paths]
+
+
 def _provenance(paths: list[Path], options: SourceOptions, encoder: Encoder, bad: BadLines) -> dict[str, Any]:
     return {
         "clipcap_rag": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sources": [{"name": path.name, "bytes": sum(file.stat().st_size for file in _files(path))} for path in paths],
+        "sources": source_records(paths),
         "source_options": options.to_json(),
         "bad_lines_left_out": bad.count,
         "encoded_on": encoder.device.type,

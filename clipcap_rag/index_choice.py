@@ -17,9 +17,9 @@ IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | 
 class OpenIndexes:
     """The indexes that a captioner has opened, each once."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str):
-        """device: where they are searched, as `CaptionIndex.open` takes it."""
-        self.checkpoint, self.device = checkpoint, device
+    def __init__(self, checkpoint: Checkpoint, device: str, base: Path | None = None):
+        """device: where they are searched, as `CaptionIndex.open` takes it; base: the folder of relative paths."""
+        self.checkpoint, self.device, self._base = checkpoint, device, base or Path()
         self._opened: dict[str, CaptionIndex] = {}
 
     def open(self, index: str | Path | CaptionIndex) -> CaptionIndex:
@@ -62,8 +62,11 @@ class OpenIndexes:
         recorded = self.checkpoint.index
         if recorded is None:
             return None
-        if recorded["path"] == STARTER or Path(recorded["path"]).is_dir():
-            return recorded["path"]
+        if recorded["path"] == STARTER:
+            return STARTER
+        beside = self._base / recorded["path"]  # a pushed checkpoint may bring its index along
+        if beside.is_dir():
+            return str(beside)
         raise InputError(
             f"the index this model was trained with, {recorded['path']}, is gone; "
             "pass --index NAME|PATH for another, or --no-retrieval"

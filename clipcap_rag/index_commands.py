@@ -26,6 +26,8 @@ def build_flags(parser: ArgumentParser) -> None:
     add_out(parser)
     parser.add_argument("--licence", metavar="TEXT", help="terms of the captions, kept with the index")
     add_config(parser, IndexConfig, "searching")
+    text = "feature set of photos to tune an inexact search with (default: stored captions with noise)"
+    parser.add_argument("--query-features", metavar="DIR", help=text)
     add_compute(parser, batch_size=256)
 
 
@@ -45,6 +47,7 @@ def build(given: Namespace) -> int:
         skip_bad=given.skip_bad,
         overwrite=given.overwrite,
         licence=given.licence,
+        query_features=given.query_features,
     )
     print(f"{index.path}: {len(index)} captions, {index.dim} wide, by {index.encoder['clip']}")
     return DONE
@@ -86,6 +89,10 @@ def search_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--num-neighbors", type=positive, default=10, metavar="N", help=text)
     parser.add_argument("--clip", help="CLIP model, where the one named in the index has moved")
     parser.add_argument("--index-device", default="auto", help="auto, cpu or gpu (default: auto)")
+    text = "clusters of an IVF index that are looked at (default: as tuned when it was built)"
+    parser.add_argument("--nprobe", type=positive, metavar="N", help=text)
+    text = "candidates that an HNSW index looks at (default: as tuned when it was built)"
+    parser.add_argument("--ef-search", type=positive, metavar="N", help=text)
     add_json(parser, "print one JSON object per query")
     add_compute(parser)
 
@@ -98,7 +105,7 @@ def search(given: Namespace) -> int:
     from clipcap_rag.encoder import Encoder, check_encoder
     from clipcap_rag.images import expand_images
 
-    index = CaptionIndex.open(given.index, device=given.index_device)
+    index = CaptionIndex.open(given.index, given.index_device, given.nprobe, given.ef_search)
     encoder = Encoder.load(given.clip or index.encoder["clip"], given.device, given.dtype, base=index.path)
     check_encoder(index.encoder, encoder, f"the index {index.path}")
     if given.text:
@@ -110,8 +117,11 @@ def search(given: Namespace) -> int:
         names, errors, queries = [str(path) for path in paths], encoded.errors, encoded.embeddings.vectors
     for name, error, scores, rows in zip(names, errors, *index.search(queries, given.num_neighbors), strict=True):
         rows = rows[rows >= 0] if error is None else rows[:0]
-        found = zip(rows.tolist(), index.captions(rows), scores.tolist(), strict=False)
-        neighbors = [{"row": row, "caption": caption, "score": score} for row, caption, score in found]
+        found = zip(rows.tolist(), index.files.records(rows), scores.tolist(), strict=False)
+        neighbors = [
+            {"row": row, "caption_id": record["caption_id"], "caption": record["caption"], "score": score}
+            for row, record, score in found
+        ]
         if given.json:
             print_json({"query": name, "neighbors": neighbors, "error": error})
         elif error is None:
@@ -125,6 +135,8 @@ def search(given: Namespace) -> int:
 
 def verify_flags(parser: ArgumentParser) -> None:
     parser.add_argument("index", help=INDEX_HELP)
+    text = "check files, ids and vectors only, without loading the CLIP model"
+    parser.add_argument("--quick", action="store_true", help=text)
     parser.add_argument("--clip", help="CLIP model, where the one named in the index has moved")
     add_compute(parser)
 
@@ -133,7 +145,8 @@ def verify(given: Namespace) -> int:
     """Check an index: its files, its vectors, and that its CLIP model still gives them."""
     from clipcap_rag.index_check import verify_index
 
-    check = verify_index(given.index, given.clip, given.device, given.dtype)
-    again = f"{check.encoded} captions encoded again, smallest cosine {check.smallest_cosine:.4f}"
-    print(f"{check.path}: sound; {check.rows} rows, {again}")
+    sample = 0 if given.quick else 256
+    check = verify_index(given.index, given.clip, given.device, given.dtype, sample)
+    again = f", {check.encoded} captions encoded again, smallest cosine {check.smallest_cosine:.4f}"
+    print(f"{check.path}: sound; {check.rows} rows{again if check.encoded else ''}")
     return DONE

@@ -3,18 +3,20 @@
 import os
 from pathlib import Path
 
-from clipcap_rag import shipped
+from clipcap_rag import hub, shipped
 from clipcap_rag.artifact import staging_path
 from clipcap_rag.errors import InputError
-from clipcap_rag.index_store import MANIFEST
+from clipcap_rag.index_store import KIND, MANIFEST
 
 
 def resolve_index(name_or_path: str | Path) -> Path:
-    """The directory of an index: a path, or a bare name looked up in the places of `index_homes`.
+    """The directory of an index: a path, a bare name looked up in the places of `index_homes`, or hf-hub:ORG/NAME.
 
     Raises:
         InputError: nothing is there; the sentence lists the names that are known.
     """
+    if str(name_or_path).startswith(hub.PREFIX):
+        return hub.fetch_artifact(str(name_or_path), MANIFEST, KIND, "dataset")
     path = Path(name_or_path).expanduser()
     if (path / MANIFEST).is_file():
         return path

@@ -1,11 +1,12 @@
 """Text files, gzipped or not, as numbered lines in bounded memory, and the account of lines that are bad."""
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clipcap_rag.errors import InputError
 
@@ -92,3 +93,17 @@ def _split(stream: IO[bytes]) -> Iterator[bytes | None]:
         while raw and not raw.endswith(b"\n"):
             raw = stream.readline(LONGEST_LINE)
         yield None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON; all that can be wrong with it is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def short(value: Any) -> str:
+    """A value as it is quoted in errors."""
+    quoted = ascii(value)
+    return quoted if len(quoted) <= 60 else quoted[:57] + "..."

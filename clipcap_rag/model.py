@@ -4,6 +4,7 @@ Legend of shape letters, used throughout the package: B batch, T text tokens, P 
 D clip_dim, E lm_dim, V vocabulary, N rows, H heads.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from clipcap_rag import hub
 from clipcap_rag.config import ModelConfig
 from clipcap_rag.errors import InputError, missing_extra
 from clipcap_rag.mapper import LinearMapper, MLPMapper, RetrievalMapper, TransformerMapper
@@ -70,16 +72,21 @@ def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """
     language_model_config(name)
     with _named(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    return model, load_tokenizer(name)
+        folder = _folder(name, hub.LANGUAGE_MODEL_FILES)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return model, load_tokenizer(folder)
 
 
 def language_model_config(name: str) -> dict[str, Any]:
     """The settings of a GPT-2-family language model, from a folder or the Hugging Face hub; errors as there."""
     with _named(name):
-        config = AutoConfig.from_pretrained(name).to_dict()
+        config = AutoConfig.from_pretrained(_folder(name, ("config.json",))).to_dict()
     _check_family(name, config)
     return config
+
+
+def _folder(name: str | Path, files: Sequence[str]) -> Path:
+    return Path(name) if Path(name).is_dir() else hub.fetch(str(name), files)
 
 
 def language_model_from_config(config: dict[str, Any]) -> nn.Module:
@@ -91,7 +98,8 @@ def language_model_from_config(config: dict[str, Any]) -> nn.Module:
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a language model folder, hub id or checkpoint."""
     with _named(str(name)):
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        folder = _folder(name, ("config.json", *hub.TOKENIZER_FILES))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no end token; give a GPT-2-family model with its tokenizer")
     return tokenizer
@@ -156,6 +164,11 @@ def tune(language_model: nn.Module, config: ModelConfig) -> nn.Module:
         fan_in_fan_out=True,
     )
     return inject_adapter_in_model(lora, language_model)
+
+
+def learned_parameters(model: nn.Module) -> int:
+    """How many numbers of the model learn."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def learned_state(model: CaptionModel) -> dict[str, Tensor]:

@@ -24,9 +24,14 @@ def make_optimizer(model: CaptionModel, config: TrainConfig) -> torch.optim.Adam
     )
 
 
+def warmup_batches(config: TrainConfig, steps: int) -> int:
+    """In how many of `steps` batches the learning rate rises; may be more than there are."""
+    return max(1, round(config.warmup if config.warmup >= 1 else config.warmup * steps))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int) -> None:
     """Sets the rate of step number `step` out of `steps`: up in the warm-up, then down to 0."""
-    warmup = max(1, round(config.warmup * steps))
+    warmup = warmup_batches(config, steps)
     if step < warmup:
         factor = (step + 1) / warmup
     else:

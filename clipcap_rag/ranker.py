@@ -27,7 +27,7 @@ class Ranker:
     def rank(
         self, written: Sequence[Sequence[Written]], images: np.ndarray, generation: GenerationConfig
     ) -> list[list[Candidate]]:
-        """Candidates of B images, best first, empty and repeated captions dropped; ClipCap's rule gives all its beams.
+        """Candidates of B images, best first, empty and repeated captions dropped, but for `clipcap`, which keeps all.
 
         Args:
             written: per image, its captions.

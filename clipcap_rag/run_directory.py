@@ -43,7 +43,7 @@ class RunDirectory:
         if (self.path / _JOB).is_file() and not overwrite:
             job = read_json(self.path / _JOB, "training run")
             del job["finished"]
-            different = _differences(job, self.job)
+            different = differences(job, self.job)
             if different:
                 raise InputError(
                     f"{self.path} holds an unfinished training with other settings ({'; '.join(different)}); "
@@ -81,17 +81,22 @@ class RunDirectory:
 
 def refuse_finished(path: Path, overwrite: bool) -> None:
     """Raises InputError unless `path` is free, holds an unfinished run, or may be replaced."""
-    if overwrite or not (path / _JOB).is_file() or read_json(path / _JOB, "training run").get("finished", True):
+    if overwrite or not (path / _JOB).is_file() or is_finished(path):
         refuse_existing(path, overwrite)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def is_finished(path: Path) -> bool:
+    """Whether a training run that is over stands there."""
+    return (path / _JOB).is_file() and read_json(path / _JOB, "training run").get("finished", True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` for each setting of two jobs that differs."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after)
+            found += differences(before, after)
         elif before != after:
             found.append(f"{name}: {before} -> {after}")
     return found

@@ -19,6 +19,7 @@ from clipcap_rag.index_store import EMBEDDINGS
 from clipcap_rag.progress import say
 
 EXACT_LIMIT = 1_000_000  # rows up to which `auto` searches exactly
+_TUNED_WITH = 500  # queries
 _RECALL = 0.95  # recall@10 that nprobe or efSearch is raised for
 
 
@@ -56,7 +57,9 @@ def plan_search(config: IndexConfig, rows: int, dim: int) -> str | None:
     return key
 
 
-def build_search_structure(embeddings: Path, config: IndexConfig, out: Path) -> dict[str, Any] | None:
+def build_search_structure(
+    embeddings: Path, config: IndexConfig, out: Path, queries: np.ndarray | None = None
+) -> dict[str, Any] | None:
     """Builds search.faiss over an embeddings.npy [N, D] where the number of rows or `config` asks for one.
 
     nprobe or efSearch is doubled until recall@10 against exact search reaches 0.95. autofaiss builds the keys it
@@ -66,6 +69,7 @@ def build_search_structure(embeddings: Path, config: IndexConfig, out: Path) -> 
         embeddings: the .npy file.
         config: key, memory and latency.
         out: the file to write.
+        queries: [Q, D] image embeddings of unit length to measure recall with; left out, noise is added to captions.
 
     Returns:
         What index.json says: key, parameters, recall_at_10, queries (the kind it was measured with), latency_ms.
@@ -85,7 +89,8 @@ def build_search_structure(embeddings: Path, config: IndexConfig, out: Path) -> 
         structure = _with_autofaiss(embeddings, key, config)
         if structure is None:
             structure = _with_factory(vectors, key)
-        report = {"key": key, "queries": "text", **_tune(structure, vectors)}
+        kind, queries = ("text", _noisy(vectors)) if queries is None else ("images", _sample(queries))
+        report = {"key": key, "queries": kind, **_tune(structure, vectors, queries)}
     except RuntimeError as error:
         raise InputError(f"FAISS could not build {key} ({faiss_reason(error)}); use another --index-key") from error
     if report["recall_at_10"] < _RECALL:
@@ -140,16 +145,23 @@ def _with_factory(vectors: np.ndarray, key: str) -> Any:
     return structure
 
 
-def _tune(structure: Any, vectors: np.ndarray) -> dict[str, Any]:
+def _sample(vectors: np.ndarray) -> np.ndarray:
+    """At most 500 rows, drawn without replacement, in float32."""
+    rows = np.random.default_rng(1).choice(len(vectors), min(len(vectors), _TUNED_WITH), replace=False)
+    return vectors[np.sort(rows)].astype(np.float32)
+
+
+def _noisy(vectors: np.ndarray) -> np.ndarray:
+    """Stored captions moved away: an image lies further from its captions than they from each other."""
+    queries = _sample(vectors)
+    queries += np.random.default_rng(2).standard_normal(queries.shape, np.float32) / vectors.shape[1] ** 0.5
+    return queries / np.linalg.norm(queries, axis=1, keepdims=True)
+
+
+def _tune(structure: Any, vectors: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
     """Doubles nprobe or efSearch until recall@10 is reached; says parameters, recall and milliseconds a query."""
     import faiss
 
-    generator = np.random.default_rng(1)
-    rows = np.sort(generator.choice(len(vectors), min(len(vectors), 500), replace=False))
-    queries = vectors[rows].astype(np.float32)
-    # an image lies further from its captions than they from each other, and nprobe has to suffice for that
-    queries += generator.standard_normal(queries.shape, np.float32) / vectors.shape[1] ** 0.5
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
     blocks = (
         (np.arange(start, min(start + BLOCK, len(vectors))), vectors[start : start + BLOCK])
         for start in range(0, len(vectors), BLOCK)

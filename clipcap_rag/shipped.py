@@ -25,14 +25,19 @@ def index_homes() -> list[Path]:
     return [_PACKAGE / "indexes"] + ([_PACKAGE.parent / "index"] if _is_checkout() else [])
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether a checkpoint or an index is the one that comes with the package."""
+    homes = [_PACKAGE / "models", *index_homes()]
+    return folder.name == STARTER and folder.parent.resolve() in [home.resolve() for home in homes]
+
+
 @contextmanager
 def mending(folder: Path) -> Iterator[None]:
     """Makes the error about a missing, altered or unknown file in `folder` say how to get it back, if we shipped it."""
     try:
         yield
     except InputError as error:
-        homes = [_PACKAGE / "models", *index_homes()]
-        if folder.name != STARTER or folder.parent.resolve() not in [home.resolve() for home in homes]:
+        if not is_shipped(folder):
             raise
         raise damaged(str(error).rpartition("; ")[0] or str(error)) from error
 

@@ -8,11 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format, short
+from clipcap_rag.caption_formats import READERS, SourceOptions, detect_format
 from clipcap_rag.errors import InputError
-from clipcap_rag.lines import BadLines
+from clipcap_rag.lines import BadLines, short
 
-__all__ = ["BadLines", "CaptionRecord", "SourceOptions", "caption_records", "normalize_caption", "read_captions"]
+__all__ = [
+    "BadLines",
+    "CaptionRecord",
+    "SourceOptions",
+    "caption_records",
+    "check_record",
+    "normalize_caption",
+    "read_captions",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,19 @@ class _Punctuation(dict):
 
 
 _PUNCTUATION = _Punctuation()
+
+
+def check_record(place: str, record: CaptionRecord) -> CaptionRecord:
+    """A record that did not come from a file, with single spaces, as `read_captions` would yield it.
+
+    Args:
+        place: what the sentence about a fault begins with.
+
+    Raises:
+        InputError: the caption is empty or holds what is no text.
+    """
+    values = {"captions": record.caption, "image_id": record.image_id, "source": record.source, "meta": record.meta}
+    return next(caption_records(place, values, None, BadLines()))
 
 
 def normalize_caption(text: str) -> str:
@@ -100,7 +121,7 @@ def _read(path: Path, kind: str, options: SourceOptions, bad: BadLines) -> Itera
         raise InputError(f"{path} holds no caption; {why}")
 
 
-def caption_records(place: str, values: dict[str, Any], stem: str, bad: BadLines) -> Iterator[CaptionRecord]:
+def caption_records(place: str, values: dict[str, Any], stem: str | None, bad: BadLines) -> Iterator[CaptionRecord]:
     """One record per caption of an entry whose values have not been checked yet; `bad` is told of those with faults.
 
     Args:

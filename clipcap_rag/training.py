@@ -22,7 +22,7 @@ from clipcap_rag.hardware import pick_device, pick_dtype, seed_everything
 from clipcap_rag.loss_plot import draw_losses
 from clipcap_rag.metrics import require_metrics
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
-from clipcap_rag.optimizer import make_optimizer, set_learning_rate
+from clipcap_rag.optimizer import make_optimizer, set_learning_rate, warmup_batches
 from clipcap_rag.progress import bar, say
 from clipcap_rag.retriever import stored_neighbors
 from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
@@ -220,6 +220,12 @@ class _Run:
         """Trains to the end, to early stopping, or until `stop["now"]`, which raises KeyboardInterrupt once saved."""
         if self.directory.begin(overwrite):
             self._resume()
+        warmup = warmup_batches(self.config, self.steps)
+        if warmup >= self.steps:
+            say(
+                f"the warm-up of {warmup} batches is longer than the {self.steps} batches of this training, so the "
+                "learning rate stays below its peak; give a smaller --warmup, such as 0.05, or more --epochs"
+            )
         for epoch in range(len(self.history), self.config.epochs):
             if self.config.patience and self.stale >= self.config.patience:
                 say(f"stopped: {self.stale} epochs without a better validation CIDEr")

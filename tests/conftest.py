@@ -1,7 +1,12 @@
 """Tiny but real parts shared by the tests: a CLIP with random weights, generated photos, invented captions."""
 
+import io
 import json
 import os
+import threading
+from collections import Counter
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,3 +144,83 @@ def world(tiny_clip, tiny_lm, photo_folder, tiny_captions, tmp_path_factory) -> 
         features=FeatureSet.open(folder / "features"),
         run=run,
     )
+
+
+class _Web(BaseHTTPRequestHandler):
+    """A server with all that goes wrong on the web; the first word of a path says what."""
+
+    def do_GET(self) -> None:
+        self.server.hits[self.path] += 1
+        _, kind, *_ = self.path.split("/")
+        if kind == "gone":
+            self.answer(404, b"no such page")
+        elif kind == "moody" and self.server.hits[self.path] == 1:
+            self.answer(500, b"try again")
+        elif kind == "moved":
+            self.answer(302, b"", Location="/photo" + self.path.removeprefix("/moved"))
+        elif kind == "circle":
+            self.answer(302, b"", Location=self.path)
+        elif kind == "local":
+            self.answer(302, b"", Location=f"file://{__file__}")
+        elif kind == "page":
+            self.answer(200, b"<html>this photo is not for you</html>")
+        elif kind == "mute":
+            self.server.closing.wait(20)
+        elif kind == "drip":  # a byte now and then, so that no single wait is long
+            self.drip(b"HTTP/1.1 200 OK\r\nX-Endless: " if self.path.endswith("header") else b"HTTP/1.1 200 OK\r\n\r\n")
+        elif kind == "cut":
+            self.answer(200, self.photo()[:200], length=len(self.photo()))
+        elif kind == "half":
+            self.answer(200, self.photo()[:700])
+        elif kind == "tiny":
+            self.answer(200, self.photo((63, 90)))
+        elif kind == "plain":
+            self.answer(200, _file(Image.new("RGB", (120, 90), (200, 200, 210))))
+        else:
+            self.server.closing.wait(0.03 if kind == "calm" else 0)
+            self.answer(200, self.photo(), type="text/html" if kind == "odd" else "image/jpeg")
+
+    def photo(self, size: tuple[int, int] = (96, 80)) -> bytes:
+        noise = np.random.default_rng(sum(self.path.encode()))
+        picture = Image.fromarray(noise.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size)
+        return _file(picture, "PNG" if self.path.endswith(".png") else "JPEG")
+
+    def answer(self, status: int, body: bytes, type: str = "image/jpeg", length: int | None = None, **headers) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", type)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self, start: bytes) -> None:
+        with suppress(OSError):
+            self.wfile.write(start)
+            while not self.server.closing.wait(0.05):
+                self.wfile.write(b"x")
+
+    def log_message(self, *words) -> None:
+        pass
+
+
+def _file(picture: Image.Image, format: str = "JPEG") -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def web():
+    """A web server on this machine: `web.url` is its address, `web.hits` counts the requests for each path."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Web)
+    server.daemon_threads = True
+    server.hits, server.closing = Counter(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()

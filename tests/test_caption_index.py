@@ -275,3 +275,59 @@ def test_a_gpu_finds_what_the_cpu_finds(tmp_path, key):
     on_cpu, on_gpu = (CaptionIndex.open(folder, device).search(queries, 10) for device in ("cpu", "gpu"))
     np.testing.assert_array_equal(on_gpu[1], on_cpu[1])
     np.testing.assert_allclose(on_gpu[0], on_cpu[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "effort"),
+    [
+        ("IVF64,Flat", "nprobe"),
+        ("HNSW16", "ef_search"),
+        ("PCA12,IVF64,Flat", "nprobe"),
+        ("IVF64,PQ4x4,RFlat", "nprobe"),
+    ],
+)
+def test_a_query_may_look_at_more_or_less_than_was_tuned(tmp_path, key, effort):
+    vectors = clustered(3000, 16)
+    folder = write_index(tmp_path / "boats", [vectors], key=key)
+    queries = clustered(100, 16, seed=7)
+    truth = brute_force(vectors, queries, 10)[1]
+
+    def recall(index, **given):
+        rows = index.search(queries, 10, **given)[1]
+        return np.mean([len(np.intersect1d(*pair)) / 10 for pair in zip(rows, truth, strict=True)])
+
+    index = CaptionIndex.open(folder, "cpu")
+    little, tuned, all_ = recall(index, **{effort: 1}), recall(index), recall(index, **{effort: 3000})
+    assert little < all_ and tuned <= all_ + 0.01 and (all_ == 1 or key != "IVF64,Flat")
+    assert recall(CaptionIndex.open(folder, "cpu", **{effort: 1})) == little
+    assert recall(index) == tuned, "what one search was given does not stay"
+    other = {"nprobe": "ef_search", "ef_search": "nprobe"}[effort]
+    for wrong, words in (({other: 4}, f"not searched with {other}"), ({effort: 0}, "at least 1")):
+        with pytest.raises(InputError, match=words):
+            index.search(queries, 1, **wrong)
+
+
+@pytest.mark.parametrize("key", ["IVF30,Flat", "Flat"])
+def test_what_does_not_fit_a_gpu_is_searched_on_the_cpu(tmp_path, monkeypatch, capsys, key):
+    vectors = clustered(1500, 16)
+    folder = write_index(tmp_path / "boats", [vectors], key=key)
+    monkeypatch.setattr("clipcap_rag.caption_index.gpu_number", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    index = CaptionIndex.open(folder, "gpu")
+    assert index.search(vectors[:20], 1)[1][:, 0].tolist() == list(range(20))
+    said = capsys.readouterr().err
+    assert "GB of GPU" in said and said.count("using the CPU") == 1
+
+
+def test_recall_is_tuned_with_the_queries_that_are_given(tmp_path):
+    vectors = clustered(2000, 16)
+    np.save(tmp_path / "embeddings.npy", vectors.astype(np.float16))
+    easy, hard = vectors[:100], unit(np.random.default_rng(3).normal(size=(100, 16)))
+    config = IndexConfig(index_key="IVF64,Flat")
+    reports = [
+        build_search_structure(tmp_path / "embeddings.npy", config, tmp_path / "search.faiss", queries)
+        for queries in (easy, hard)
+    ]
+    assert [report["queries"] for report in reports] == ["images", "images"]
+    assert reports[0]["parameters"]["nprobe"] < reports[1]["parameters"]["nprobe"]
+    assert min(report["recall_at_10"] for report in reports) >= 0.95

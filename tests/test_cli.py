@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from clipcap_rag import cli
-from clipcap_rag.commands import COMMANDS, PRESETS
-from clipcap_rag.config import GenerationConfig, IndexConfig, ModelConfig, TrainConfig
+from clipcap_rag.commands import COMMANDS
+from clipcap_rag.config import DownloadConfig, GenerationConfig, IndexConfig, ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
 from clipcap_rag.sources import SourceOptions
@@ -25,13 +25,19 @@ MINIMAL = {
     "index info": ["name"],
     "index search": ["name", "a dog"],
     "index verify": ["name"],
+    "prepare coco": ["--karpathy", "k.json", "--out", "o"],
+    "prepare flickr": ["--captions", "t.token", "--out", "o"],
+    "prepare nocaps": ["--captions", "n.json", "--out", "o"],
+    "prepare conceptual": ["list.tsv", "--out", "o"],
     "extract": ["--captions", "a.jsonl", "--images", "i", "--clip", "x", "--out", "o"],
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
+    "sweep": ["seed=0,1", "--features", "f", "--validation-features", "v", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
     "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
     "convert pickle": ["f", "--out", "o.pkl"],
     "convert clipcap": ["w.pt", "--out", "o"],
+    "push": ["starter", "--repo", "me/captioner"],
     "bench": ["--out", "o"],
     "doctor": [],
 }
@@ -39,8 +45,11 @@ MADE_FROM = [
     ("index build", IndexConfig, ()),
     ("index build", SourceOptions, ()),
     ("extract", SourceOptions, ()),
+    ("prepare conceptual", DownloadConfig, ()),
     ("train", ModelConfig, ("clip_dim", "lm_dim")),
     ("train", TrainConfig, ()),
+    ("sweep", ModelConfig, ("clip_dim", "lm_dim")),
+    ("sweep", TrainConfig, ()),
     ("caption", GenerationConfig, ()),
 ]
 
@@ -104,13 +113,13 @@ def test_a_given_flag_reaches_its_field(command, config, omitted):
         assert getattr(parse(command, *arguments), field.name) == value, flag
 
 
-def test_presets_are_defaults_that_flags_override():
-    assert make_config(ModelConfig, parse("train"), PRESETS["rag"]) == ModelConfig()
-    for preset, mapper, tuning in (("clipcap-mlp", "mlp", "full"), ("clipcap-transformer", "transformer", "frozen")):
-        given = parse("train", "--preset", preset, "--language-model-tuning", "lora")
-        config = make_config(ModelConfig, given, PRESETS[given.preset])
-        assert (config.mapper, config.language_model_tuning) == (mapper, "lora")
-        assert make_config(ModelConfig, parse("train"), PRESETS[preset]).language_model_tuning == tuning
+def test_a_preset_is_shown_and_flags_override_it(capsys):
+    assert parse("train").preset == "rag"
+    train = ("train", "--features", "no-such-features", "--language-model", "g", "--out", "o")
+    assert call(*train, "--preset", "clipcap-mlp", "--epochs", 2) == 2
+    said = capsys.readouterr().err
+    assert "preset clipcap-mlp: mapper mlp" in said and "epochs 2 instead of 10" in said
+    assert "no feature set at no-such-features" in said
 
 
 @pytest.mark.parametrize(

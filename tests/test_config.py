@@ -67,6 +67,8 @@ def test_every_field_is_documented_and_frozen(config):
         (TrainConfig, {"epochs": 0}, "epochs is 0"),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0"),
         (TrainConfig, {"warmup": 1.5}, "warmup is 1.5"),
+        (TrainConfig, {"warmup": -5000}, "warmup is -5000"),
+        (TrainConfig, {"warmup": float("inf")}, "whole number of batches"),
         (TrainConfig, {"learning_rate": 0.0}, "learning_rate is 0.0"),
         (TrainConfig, {"schedule": "step"}, "cosine, linear"),
         (TrainConfig, {"max_neighbors": 60}, "60 exceeds neighbor_pool 50"),
@@ -92,6 +94,7 @@ def test_edges_are_allowed():
     ModelConfig(mapper="linear", mapper_heads=7, lm_dim=64)
     ModelConfig(mapper_heads=8, lm_dim=64)
     GenerationConfig(top_p=1.0, seed=0, candidates=1)
+    TrainConfig(warmup=5000.0)
     TrainConfig(max_neighbors=50, neighbor_pool=50, warmup=0.0, patience=0, gradient_clip=0.0)
 
 

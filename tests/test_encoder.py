@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipcap_rag import image_loader
+from clipcap_rag.clip_models import random_model
 from clipcap_rag.encoder import Encoder, check_encoder, check_same_encoder, parse_clip, stored_clip
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import decode_image, image_digest
@@ -326,6 +327,9 @@ def test_an_incomplete_record_is_refused(encoder):
         ("ViT-B-32:laion2b_s34b_b79k", ("ViT-B-32", "laion2b_s34b_b79k")),
         ("ViT-B-32:laion2b-s34b-b79k", ("ViT-B-32", "laion2b_s34b_b79k")),
         ("RN50x4", ("RN50x4-quickgelu", "openai")),
+        ("ViT-L/14", ("ViT-L-14-quickgelu", "openai")),
+        ("ViT-L/14@336px", ("ViT-L-14-336-quickgelu", "openai")),
+        ("ViT-L/14@336:openai", ("ViT-L-14-336-quickgelu", "openai")),
         ("ViT-B-16-SigLIP", ("ViT-B-16-SigLIP", "webli")),
         ("hf-hub:someone/some-model", ("hf-hub:someone/some-model", None)),
     ],
@@ -333,6 +337,40 @@ def test_an_incomplete_record_is_refused(encoder):
 def test_strings_that_name_a_model(clip, expected):
     assert parse_clip(clip) == expected
     assert parse_clip(":".join(filter(None, expected))) == expected  # what is stored means the same
+
+
+@pytest.mark.parametrize(
+    ("clip", "pixels", "dim"),
+    [
+        ("ViT-B/32", 224, 512),
+        ("ViT-B/16", 224, 512),
+        ("RN50", 224, 1024),
+        ("RN101", 224, 512),
+        ("RN50x4", 288, 640),
+        ("RN50x16", 384, 768),
+        ("ViT-L/14", 224, 768),
+        ("ViT-L/14@336px", 336, 768),
+    ],
+)
+def test_width_and_resolution_follow_from_the_model(clip, pixels, dim):
+    name, tag = parse_clip(clip)
+    config = open_clip.get_model_config(name)
+    with torch.device("meta"):  # shapes without weights
+        model = open_clip.CLIP(**config).eval()
+        assert model.encode_image(torch.empty(2, 3, pixels, pixels)).shape == (2, dim)
+    assert config["embed_dim"] == dim and model.visual.image_size in (pixels, (pixels, pixels))
+    weights = open_clip.get_pretrained_cfg(name, tag)
+    assert weights["mean"] == (0.48145466, 0.4578275, 0.40821073)
+    assert weights["std"] == (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.mark.slow
+def test_an_encoder_with_other_width_and_resolution_needs_no_setting(photo_folder):
+    encoder = Encoder("random RN50x4", *random_model("RN50x4"), torch.device("cpu"), torch.float32)
+    assert encoder.dim == 640 and encoder.record()["dim"] == 640
+    assert encoder.preprocess(decode_image(photo_folder / "photo-0.jpg")).shape == (3, 288, 288)
+    found = encoder.encode_image([photo_folder / "photo-0.jpg", photo_folder / "photo-7.png"])
+    assert found.embeddings.raw.shape == (2, 640) and found.errors == [None, None]
 
 
 def test_weights_trained_with_quick_gelu_never_run_without():

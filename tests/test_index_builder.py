@@ -310,3 +310,13 @@ def test_any_script_and_any_length_of_caption(tmp_path, hashing):
     source.write_text("".join(json.dumps({"caption": caption}) + "\n" for caption in captions))
     index = build_caption_index([source], "hashing", tmp_path / "words")
     assert index.captions(range(4)) == captions
+
+
+def test_a_search_structure_is_tuned_with_photos(tmp_path, tiny_clip, world):
+    options = {"device": "cpu", "dtype": "float32", "query_features": world.features.path}
+    config = IndexConfig(index_key="IVF4,Flat")
+    index = build_caption_index([world.captions], world.clip, tmp_path / "kites", index_config=config, **options)
+    assert index.files.manifest["segments"][0]["search"]["queries"] == "images"
+    with pytest.raises(InputError, match="starter"):
+        build_caption_index([world.captions], "starter", tmp_path / "other", index_config=config, **options)
+    assert not (tmp_path / "other").exists()

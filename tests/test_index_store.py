@@ -143,7 +143,7 @@ def change_manifest(folder: Path, change) -> None:
     [
         (lambda m: m.pop("encoder"), "lacks encoder"),
         (lambda m: m["files"].pop("segments/000001/embeddings.npy"), "no record of segments/000001/embeddings.npy"),
-        (lambda m: m["segments"][0].update(rows=4), "make the index again"),
+        (lambda m: m["segments"][0].update(rows=4), "rows is 8, which cannot be"),
         (lambda m: m["encoder"].update(dim=9), "make the index again"),
         (lambda m: m.update(format_version=2), "format version 2"),
         (lambda m: m.update(kind="feature set"), "not a caption index but a feature set"),

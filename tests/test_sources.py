@@ -145,8 +145,9 @@ def test_coco_without_images_and_as_a_list(write):
 @pytest.mark.parametrize("name", ["dataset_invented.json", "dataset_invented.json.gz"])
 def test_karpathy(write, name):
     path = write(name, KARPATHY)
-    first = [CaptionRecord(text, "a", "val/a.jpg", "dataset_invented") for text in (DOGS, KITE)]
-    second = [CaptionRecord("a blue boat", "b", "b.jpg", "dataset_invented")]
+    trained, rest = {"split": "train"}, {"split": "restval"}
+    first = [CaptionRecord(text, "a", "val/a.jpg", "dataset_invented", trained) for text in (DOGS, KITE)]
+    second = [CaptionRecord("a blue boat", "b", "b.jpg", "dataset_invented", rest)]
     assert len(read(path)) == len(read(path, format="karpathy")) == 5
     assert read(path, split="train") == first
     assert read(path, split="restval") == second
@@ -472,7 +473,7 @@ def test_faults_are_told_before_anything_is_read(write, tmp_path):
         (empty, "is empty"),
         (pipe, "is not a file"),
         (write("photo.jpg", b"\xff\xd8\xff\xe0"), "--format"),
-        (write("captions.parquet", b"PAR1"), "--format"),
+        (write("captions.xml", b"<a>"), "--format"),
         (write("captions.bz2", bz2.compress(b"a")), "--format"),
     ):
         with pytest.raises(InputError, match=words) as error:

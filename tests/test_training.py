@@ -184,6 +184,13 @@ def test_accumulation_takes_one_step_for_several_batches(world, tiny_lm, tmp_pat
     assert len(taken) == -(-batches // 2)
 
 
+def test_a_warm_up_longer_than_the_training_is_told(world, tiny_lm, tmp_path, capsys):
+    run(world, tiny_lm, tmp_path / "long", {"epochs": 1, "warmup": 5000})
+    run(world, tiny_lm, tmp_path / "short", {"epochs": 1, "warmup": 2})
+    told = [line for line in capsys.readouterr().err.splitlines() if "warm-up" in line]
+    assert len(told) == 1 and "the warm-up of 5000 batches is longer than the" in told[0] and "--warmup" in told[0]
+
+
 def test_early_stopping(world, tiny_lm, tmp_path):
     config = {"epochs": 30, "patience": 2, "learning_rate": 1e-12, "lm_learning_rate": 1e-12}
     out = run(world, tiny_lm, tmp_path / "run", config)
