@@ -21,13 +21,11 @@ from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.images import image_name
 from clipcap_rag.index_choice import IndexChoice, OpenIndexes
 from clipcap_rag.prefix_words import PrefixWord, prefix_words
-from clipcap_rag.prompt import prompt_tokens
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
-from clipcap_rag.retrieved_text import context_tokens, text_mode
+from clipcap_rag.retrieved_text import words_for
 from clipcap_rag.retriever import Neighbors, Retriever
 from clipcap_rag.shipped import mending
-from clipcap_rag.word_bonus import word_bonus, word_nats
 
 
 class Captioner:
@@ -210,7 +208,7 @@ class Captioner:
                 generation,
                 list(digests[part]),
                 self.checkpoint.stop_token,
-                **self._words(neighbors.part(part), generation, prefix.shape[1]),
+                **words_for(self.checkpoint, neighbors.part(part), generation, self.encoder.logit_scale),
             )
         return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
 
@@ -224,22 +222,6 @@ class Captioner:
         if len(tensors) > 1:
             tensors.append(torch.from_numpy(neighbors.mask[part]).to(self.device))
         return self.model.prefix(*tensors)
-
-    def _words(self, neighbors: Neighbors, generation: GenerationConfig, prefix_length: int) -> dict[str, Any]:
-        """What the neighbours' words do: the context or the bonus of `write_captions`, or neither."""
-        tokenizer, count = self.checkpoint.tokenizer, self.checkpoint.text_neighbors
-        mode = text_mode(generation.retrieved_text, count)
-        if mode == "prompt":
-            positions = self.model.language_model.config.n_positions
-            room = positions - prefix_length - len(prompt_tokens(tokenizer, generation.prompt)) - generation.longest
-            return {"context": context_tokens(tokenizer, neighbors.captions, count, room).to(self.device)}
-        if mode == "bias":
-            nats = [
-                word_nats(captions, scores[mask], neighbors.indexes, self.encoder.logit_scale)
-                for captions, scores, mask in zip(neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
-            ]
-            return {"bonus": word_bonus(tokenizer, nats, generation.bias_strength).to(self.device)}
-        return {}
 
     def _explained(self, images: Embeddings, neighbors: Neighbors) -> list[list[list[PrefixWord]]]:
         prefix = self._prefix(images, neighbors, slice(None))

@@ -103,7 +103,8 @@ class GenerationConfig(Config):
         ("auto", "off", "prompt", "bias"),
     )
     bias_strength: float = option(
-        1.0, "with bias: nats for a word that every neighbour has and that is e times as frequent there as in the index"
+        0.5,
+        "with bias: nats for a word that all neighbours have and that is e times as frequent there as in the index",
     )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 

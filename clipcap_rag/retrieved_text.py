@@ -1,13 +1,46 @@
-"""Neighbours' captions as tokens that a language model reads between its prefix and the caption."""
+"""What the words of neighbours do when captions are written: stand before the caption, or raise what they say."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from clipcap_rag.checkpoint import Checkpoint
+from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.model import IGNORED
+from clipcap_rag.prompt import prompt_tokens
+from clipcap_rag.retriever import Neighbors
+from clipcap_rag.word_bonus import word_bonus, word_nats
+
+
+def words_for(
+    checkpoint: Checkpoint, neighbors: Neighbors, generation: GenerationConfig, logit_scale: float
+) -> dict[str, Any]:
+    """The `context` or the `bonus` of `write_captions` that the neighbours of B images ask for, or neither.
+
+    Args:
+        logit_scale: CLIP's.
+
+    Raises:
+        InputError: the model has not learned to read its neighbours' words.
+    """
+    tokenizer, device = checkpoint.tokenizer, checkpoint.model.language_model.device
+    mode = text_mode(generation.retrieved_text, checkpoint.text_neighbors)
+    if mode == "prompt":
+        room = checkpoint.model.language_model.config.n_positions - checkpoint.config.prefix_length
+        room -= len(prompt_tokens(tokenizer, generation.prompt)) + generation.longest
+        context = context_tokens(tokenizer, neighbors.captions, checkpoint.text_neighbors, room)
+        return {"context": context.to(device)}
+    if mode == "bias":
+        nats = [
+            word_nats(captions, scores[mask], neighbors.indexes, logit_scale)
+            for captions, scores, mask in zip(neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
+        ]
+        return {"bonus": word_bonus(tokenizer, nats, generation.bias_strength).to(device)}
+    return {}
 
 
 def context_tokens(

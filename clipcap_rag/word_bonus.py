@@ -58,12 +58,9 @@ class WordBonus:
 
 def words_of(caption: str) -> dict[str, str]:
     """The words of a caption, case folded, and how each is written; a capital at the start does not count."""
-    written = {}
-    for place, word in enumerate(_WORD.findall(caption)):
-        known = written.get(word.casefold())
-        if known is None or known[:1].isupper():
-            written[word.casefold()] = word.lower() if place == 0 else word
-    return written
+    words = _WORD.findall(caption)
+    written = {word.casefold(): word for word in words[1:]}
+    return {words[0].casefold(): words[0].lower()} | written if words else {}
 
 
 @lru_cache(maxsize=8)

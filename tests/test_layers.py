@@ -72,7 +72,7 @@ LAYERS = {
     "word_bonus": 2.5,
     "past": 2.6,
     "beam": 2.7,
-    "retrieved_text": 2.5,
+    "retrieved_text": 3.2,
     "prefix_words": 3,
     "caption_inputs": 3,
     "ranker": 4,
