@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -25,93 +26,21 @@ from clipcap_rag.metrics import caption_metrics
 from clipcap_rag.progress import say
 from clipcap_rag.training import train
 
-NOUNS = {
-    "skateboard": r"\bskate-?board(s|ers?|ing|ed)?\b",
-    "bicycle": r"\bbicycl(es?|ers?|ists?|ing)\b",
-    "tennis": r"\btennis\b",
-    "camera": r"\b(video-?)?camera(s|man|men|-phone)?\b",
-    "soccer": r"\bsoccer\b",
-    "pool": r"\b(swimming-?|wading-?|whirl)?pool(s|side)?\b",
-    "swing": r"\bswing(s|-?sets?)?\b(?! (a|at|an|the|his|her|its|their)\b)",
-    "boat": r"\b(row|sail|motor|speed|tug|steam|river|life|power|house)?-?boat(s|ing|ful)?\b",
-    "basketball": r"\bbasketballs?\b",
-    "frisbee": r"\bfrisbees?\b",
-}
-_KEPT_BACK = re.compile("|".join([*NOUNS.values(), r"\bswing\w*", r"\bunspooled\b"]), re.IGNORECASE)
-
-# Of each noun: who, does what with it, where.
-GRAMMAR = {
-    "skateboard": (
-        ("a boy", "a teenager", "a man in a cap"),
-        ("rides a skateboard", "does a trick on a skateboard", "jumps with his skateboard"),
-        ("down a ramp", "over a rail", "in a parking lot", "at a skate park"),
-    ),
-    "bicycle": (
-        ("a man", "a woman with a helmet", "a child"),
-        ("rides a bicycle", "sits on a bicycle", "pushes a bicycle"),
-        ("down the road", "along a path in the woods", "past a wall", "through the city"),
-    ),
-    "tennis": (
-        ("a woman", "a young man", "a girl in white"),
-        ("plays tennis", "hits a tennis ball", "serves in a tennis match"),
-        ("on a green court", "with a racket", "in front of a crowd", "on a blue court"),
-    ),
-    "camera": (
-        ("a man", "a woman", "a girl in a hat"),
-        ("holds a camera", "takes a picture with a camera", "looks through a camera"),
-        ("in the street", "at the shore", "in a crowd", "on a hill"),
-    ),
-    "soccer": (
-        ("a boy", "a girl in a red shirt", "a player"),
-        ("kicks a soccer ball", "runs after the soccer ball", "fights for a ball in a soccer game"),
-        ("on the grass", "on a muddy field", "on a sunny day", "in front of the goal"),
-    ),
-    "pool": (
-        ("a boy", "a girl in goggles", "a small child"),
-        ("jumps into the pool", "swims in a pool", "splashes in a blue pool"),
-        ("in summer", "with a float", "behind the house", "on a hot day"),
-    ),
-    "swing": (
-        ("a little girl", "a toddler", "a boy in a blue shirt"),
-        ("sits on a swing", "rides on a swing", "laughs in a swing"),
-        ("at the playground", "in the park", "in the garden", "on a sunny day"),
-    ),
-    "boat": (
-        ("a man", "an old man", "a girl"),
-        ("sits in a boat", "rows a small boat", "stands on a boat"),
-        ("on the lake", "on a river", "near the shore", "at sunset"),
-    ),
-    "basketball": (
-        ("a tall man", "a boy", "a player in uniform"),
-        ("plays basketball", "throws a basketball", "dribbles a basketball"),
-        ("in a gym", "on a court", "before a crowd", "under the hoop"),
-    ),
-    "frisbee": (
-        ("a brown dog", "a black and white dog", "a man in shorts"),
-        ("catches a frisbee", "jumps for a frisbee", "runs with a frisbee"),
-        ("on the lawn", "in the air", "on the beach", "in a field"),
-    ),
-}
-
-
-def phrases(noun: str, count: int = 10) -> list[str]:
-    """So many different phrases about a noun, each part as often as the others."""
-    who, what, where = GRAMMAR[noun]
-    order = sorted(
-        ((a, b, c) for a in range(len(who)) for b in range(len(what)) for c in range(len(where))),
-        key=lambda place: ((place[0] + place[1] + place[2]) % 3, place[2], place[1], place[0]),
-    )
-    return [f"{who[a]} {what[b]} {where[c]}" for a, b, c in order[:count]]
+NOUNS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_PATTERNS = {noun: re.compile(known["pattern"], re.IGNORECASE) for noun, known in NOUNS.items()}
+_KEPT_BACK = (*_PATTERNS.values(), re.compile(r"\bswing|\bunspooled\b", re.IGNORECASE))
 
 
 def names(noun: str, caption: str) -> bool:
     """Whether a caption has the noun, its plural or a compound of it."""
-    return re.search(NOUNS[noun], caption, re.IGNORECASE) is not None
+    return _PATTERNS[noun].search(caption) is not None
 
 
 def keep_back(features: FeatureSet, out: Path) -> None:
     """The feature set without the captions that have a noun, and without the photos that then have none."""
-    captions = [[text for text in own if not _KEPT_BACK.search(text)] for own in features.captions]
+    captions = [
+        [text for text in own if not any(kept.search(text) for kept in _KEPT_BACK)] for own in features.captions
+    ]
     rows = [row for row, own in enumerate(captions) if own]
     with new_directory(out) as folder:
         save_array(folder / "embeddings.npy", np.asarray(features.embeddings)[rows])
@@ -163,7 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--text-neighbors", type=int, default=4)
     parser.add_argument("--text-dropout", type=float, default=0.3)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0], help="strengths of the bias to try")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5], help="strengths of the bias to try")
     parser.add_argument("--modes", nargs="+", default=["off", "prompt", "bias"])
     parser.add_argument("--decodings", nargs="+", default=["greedy", "sample"])
     given = parser.parse_args()
@@ -199,7 +128,7 @@ def main() -> None:
     if not grown.exists():
         with new_directory(grown) as folder:
             shutil.copytree(index, folder, dirs_exist_ok=True)
-        add_captions(grown, [phrase for noun in NOUNS for phrase in phrases(noun)])
+        add_captions(grown, [phrase for known in NOUNS.values() for phrase in known["phrases"]])
     captioner, photos = Captioner.from_pretrained(out / "run"), StoredEmbeddings.open(given.validation_features)
     for decoding in given.decodings:
         for mode in given.modes:
