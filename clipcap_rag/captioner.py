@@ -119,7 +119,8 @@ class Captioner:
 
         Raises:
             InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
-                another CLIP model, a prompt that does not fit, or an unknown setting.
+                another CLIP model, a prompt that does not fit, words for a model that cannot read them, or an unknown
+                setting.
         """
         given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
         return list(self.stream(*given, **settings))

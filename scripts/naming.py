@@ -28,7 +28,7 @@ from clipcap_rag.training import train
 
 NOUNS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _PATTERNS = {noun: re.compile(known["pattern"], re.IGNORECASE) for noun, known in NOUNS.items()}
-_KEPT_BACK = (*_PATTERNS.values(), re.compile(r"\bswing|\bunspooled\b", re.IGNORECASE))
+_KEPT_BACK = (*_PATTERNS.values(), re.compile(r"\bswing", re.IGNORECASE))
 
 
 def names(noun: str, caption: str) -> bool:
