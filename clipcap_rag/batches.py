@@ -12,6 +12,7 @@ from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.model import IGNORED
+from clipcap_rag.retrieved_text import context_tokens
 from clipcap_rag.sources import normalize_caption
 
 _BUCKET = 64  # batches sorted by length together
@@ -21,13 +22,14 @@ _ORDER, _NOISE = 0, 1  # streams of random numbers
 @dataclass(frozen=True)
 class Batch:
     """tokens [B, T] with the end token and IGNORED padding; inputs = image embedding [B, D] and, with an index,
-    neighbour embeddings [B, K, D], scores [B, K] and mask [B, K]."""
+    neighbour embeddings [B, K, D], scores [B, K] and mask [B, K]; context = the neighbours' words [B, C]."""
 
     tokens: Tensor
     inputs: tuple[Tensor, ...]
+    context: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), tuple(part.to(device) for part in self.inputs))
+        return Batch(self.tokens.to(device), tuple(part.to(device) for part in self.inputs), self.context.to(device))
 
 
 class CaptionBatches:
@@ -46,9 +48,16 @@ class CaptionBatches:
         config: TrainConfig,
         index: CaptionIndex | None = None,
         neighbor_rows: np.ndarray | None = None,
+        room: int = 0,
     ):
-        """neighbor_rows: [N, pool] rows of `index` for every photo of `features`, best first, -1 where absent."""
+        """A view of a feature set.
+
+        Args:
+            neighbor_rows: [N, pool] rows of `index` for every photo of `features`, best first, -1 where absent.
+            room: most tokens of the neighbours' words.
+        """
         self.features, self.index, self.neighbor_rows = features, index, neighbor_rows
+        self.tokenizer, self.room = tokenizer, room
         self.model, self.config = model, config
         self.photo = np.array([row for row in rows for _ in features.captions[row]], np.int64)
         texts = [caption for row in rows for caption in features.captions[row]]
@@ -121,7 +130,16 @@ class CaptionBatches:
         tokens = torch.full((len(captions), longest), IGNORED)
         for place, caption in enumerate(captions):
             tokens[place, : len(self.tokens[caption])] = torch.tensor(self.tokens[caption])
-        return Batch(tokens, self.inputs(self.photo[captions], rows, random))
+        inputs = self.inputs(self.photo[captions], rows, random)
+        wordless = random is not None and random.random() < self.config.text_dropout
+        return Batch(tokens, inputs, self.context(None if wordless else rows, len(captions)))
+
+    def context(self, rows: np.ndarray | None, captions: int) -> Tensor:
+        """The words of the neighbour rows [B, K] of B captions as tokens [B, C]; C = 0 for None."""
+        count, shown = self.config.text_neighbors, [[]] * captions
+        if rows is not None and count:
+            shown = [self.index.captions(own[own >= 0][:count]) for own in rows]
+        return context_tokens(self.tokenizer, shown, count, self.room)
 
     def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Neighbour rows [B, K] as training shows them: fewer, from further down, random ones, or none.

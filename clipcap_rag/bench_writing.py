@@ -9,8 +9,9 @@ from torch import Tensor
 from clipcap_rag.bench_protocol import Comparison, Disagreement
 from clipcap_rag.bench_subjects import Subjects
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.generation import choose, next_logits, prefill, uniforms, write_captions
+from clipcap_rag.generation import choose, uniforms, write_captions
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.past import Past
 
 
 def comparisons(subjects: Subjects) -> Iterator[Comparison]:
@@ -62,8 +63,8 @@ def _same_logits(subjects: Subjects, model: CaptionModel, plain: CaptionModel) -
     vocabulary, steps = plain.language_model.config.vocab_size, 6
     prefix = subjects.prefix(1, model.language_model.dtype)
     tokens = torch.randint(vocabulary, (1, steps), generator=torch.Generator().manual_seed(6)).to(prefix.device)
-    cache, first = prefill(model, prefix)
-    ours = torch.stack([first, *(next_logits(model, cache, token) for token in tokens.T)], dim=1)  # [1, steps + 1, V]
+    past, first = Past.prefill(model, prefix)
+    ours = torch.stack([first, *(past.read(model, token) for token in tokens.T)], dim=1)  # [1, steps + 1, V]
     expected = _whole(plain, prefix, tokens)[:, prefix.shape[1] - 1 :]
     if model.language_model.dtype is torch.float32:
         difference = (ours - expected).abs().max().item() / expected.std().item()

@@ -23,6 +23,7 @@ from clipcap_rag.index_choice import IndexChoice, OpenIndexes
 from clipcap_rag.prefix_words import PrefixWord, prefix_words
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
+from clipcap_rag.retrieved_text import words_for
 from clipcap_rag.retriever import Neighbors, Retriever
 from clipcap_rag.shipped import mending
 
@@ -118,7 +119,8 @@ class Captioner:
 
         Raises:
             InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
-                another CLIP model, a prompt that does not fit, or an unknown setting.
+                another CLIP model, a prompt that does not fit, words for a model that cannot read them, or an unknown
+                setting.
         """
         given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
         return list(self.stream(*given, **settings))
@@ -207,6 +209,7 @@ class Captioner:
                 generation,
                 list(digests[part]),
                 self.checkpoint.stop_token,
+                **words_for(self.checkpoint, neighbors.part(part), generation, self.encoder.logit_scale),
             )
         return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
 

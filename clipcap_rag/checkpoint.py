@@ -37,6 +37,7 @@ class Checkpoint:
         language_model: folder or hub id that it started from.
         index: path, name and revision of the index it was trained with, or None.
         num_neighbors: neighbours per image unless a call says otherwise.
+        text_neighbors: how many neighbours' words it has learned to read; 0 if none.
         training: settings and scores of the training run.
         stop_token: text whose first token ends a caption and belongs to it, beside the end token; empty if none does.
     """
@@ -48,6 +49,7 @@ class Checkpoint:
     language_model: str
     index: dict[str, Any] | None = None
     num_neighbors: int = 0
+    text_neighbors: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     stop_token: str = ""
 
@@ -72,6 +74,7 @@ class Checkpoint:
             "language_model": {"name": self.language_model, "config": config},
             "index": self.index,
             "num_neighbors": self.num_neighbors,
+            "text_neighbors": self.text_neighbors,
             "training": self.training,
             "stop_token": self.stop_token,
         }
@@ -139,6 +142,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         language_model=source["name"],
         index=manifest["index"],
         num_neighbors=manifest["num_neighbors"],
+        text_neighbors=manifest.get("text_neighbors", 0),
         training=manifest["training"],
         stop_token=manifest.get("stop_token", ""),
     )

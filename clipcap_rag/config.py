@@ -31,13 +31,13 @@ class Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Raises InputError for a key that this release does not know or a key that is missing."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(set(values) - names), sorted(names - set(values))
-        if unknown or missing:
-            raise InputError(
-                f"{cls.__name__} does not fit this release: unknown {unknown or 'none'}, missing {missing or 'none'}"
-            )
+        """Settings that are missing, as older releases did not have them, take their defaults.
+
+        Raises:
+            InputError: a key that this release does not know.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        _require(not unknown, f"{cls.__name__} does not fit this release: unknown {unknown}; install a newer one")
         return cls(**values)
 
     def replaced(self, **values: Any) -> Self:
@@ -96,6 +96,16 @@ class GenerationConfig(Config):
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
     prompt: str = option("", "words that every caption starts with; the model continues them")
+    retrieved_text: str = option(
+        "auto",
+        "what the neighbours' words do: nothing, stand before the caption (for a model trained with --text-neighbors), "
+        "or raise the probability of what they say; auto is prompt for such a model, else off",
+        ("auto", "off", "prompt", "bias"),
+    )
+    bias_strength: float = option(
+        0.5,
+        "with bias: nats for a word that all neighbours have and that is e times as frequent there as in the index",
+    )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 
     def __post_init__(self) -> None:
@@ -107,6 +117,7 @@ class GenerationConfig(Config):
             self.log_probability_weight >= 0,
             f"log_probability_weight is {self.log_probability_weight}; it must be 0 or more",
         )
+        _require(self.bias_strength >= 0, f"bias_strength is {self.bias_strength}; it must be 0 or more")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
@@ -150,15 +161,18 @@ class TrainConfig(Config):
     random_neighbors: float = option(0.1, "probability that a neighbour is replaced by a random caption of the index")
     neighbor_noise: float = option(0.0, "length of the Gaussian noise added to a neighbour embedding of length 1")
     image_noise: float = option(0.0, "length of the Gaussian noise added to an image embedding, relative to its own")
+    text_neighbors: int = option(0, "most neighbours whose words stand before the caption; 0 trains without words")
+    text_dropout: float = option(0.3, "probability that a batch is trained without its neighbours' words")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("epochs", "batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling", "random_neighbors"):
+        for name in ("validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling", "random_neighbors",
+                     "text_dropout"):  # fmt: skip
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("seed", "validation_images", "patience", "max_neighbors", "weight_decay", "gradient_clip",
-                     "neighbor_noise", "image_noise"):  # fmt: skip
+                     "neighbor_noise", "image_noise", "text_neighbors"):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
         _require(
             0 <= self.warmup < 1 or (self.warmup > 0 and float(self.warmup).is_integer()),
@@ -169,6 +183,10 @@ class TrainConfig(Config):
         _require(
             self.max_neighbors <= self.neighbor_pool,
             f"max_neighbors {self.max_neighbors} exceeds neighbor_pool {self.neighbor_pool}; raise the pool",
+        )
+        _require(
+            self.text_neighbors <= self.max_neighbors,
+            f"text_neighbors {self.text_neighbors} exceeds max_neighbors {self.max_neighbors}; raise that",
         )
 
 

@@ -77,7 +77,7 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
         rows = []
         for condition in conditions:
-            if condition.neighbors.names and not condition.name.startswith("random"):
+            if condition.neighbors.indexes and not condition.name.startswith("random"):
                 nearest = [captions[0] if captions else "" for captions in condition.neighbors.captions]
                 rows.append(
                     {"neighbors": condition.name, "decoding": "nearest caption"} | caption_metrics(references, nearest)
@@ -144,7 +144,7 @@ def _random(index: CaptionIndex, images: Embeddings, k: int) -> _Condition:
     embeddings = index.embeddings(rows)
     scores = np.einsum("bd,bkd->bk", images.vectors, embeddings)
     captions = [index.captions(row) for row in rows]
-    neighbors = Neighbors(rows, scores, np.zeros_like(rows), embeddings, captions, [index.name])
+    neighbors = Neighbors(rows, scores, np.zeros_like(rows), embeddings, captions, [index])
     return _Condition(f"random of {index.name}", neighbors)
 
 

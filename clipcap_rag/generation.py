@@ -1,4 +1,4 @@
-"""Candidate captions from a prefix: greedy, sampling and beam search over one prefill per image."""
+"""Candidate captions from a prefix: one prefill per image, then greedy, sampling or beam search."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,15 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from clipcap_rag.beam import beam_search
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.past import Past, ended, left_padded, looks
 from clipcap_rag.prompt import with_prompt
+from clipcap_rag.word_bonus import WordBonus
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
 _NUCLEUS = 256  # tokens looked at first on a CPU when the nucleus is cut out of the vocabulary
-_LOOK_EVERY = 8  # steps between two looks, on a GPU, at what is finished: each look makes the host wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def write_captions(
     config: GenerationConfig,
     digests: Sequence[bytes],
     stop_token: str = "",
+    context: Tensor | None = None,
+    bonus: WordBonus | None = None,
 ) -> list[list[Written]]:
     """Writes candidates for each image.
 
@@ -53,24 +57,28 @@ def write_captions(
         prefix: [B, P, E].
         digests: per image, the bytes that together with the seed determine its samples.
         stop_token: text whose first token ends a caption and belongs to it; empty if only the end token does.
+        context: [B, C] tokens to read behind the prefix, IGNORED behind them.
+        bonus: of B sequences; log-probabilities are those of the logits that it raised.
 
     Raises:
         InputError: the prompt leaves the language model no position to write at.
     """
-    prefix, prompt = with_prompt(model, tokenizer, prefix, config.prompt)
+    prefix, mask = left_padded(*model.with_context(prefix, context))
+    prefix, mask, prompt = with_prompt(model, tokenizer, prefix, mask, config.prompt)
     steps = min(config.longest, model.language_model.config.n_positions - prefix.shape[1])
     per_image, ends = config.captions_per_image, _ends(model, tokenizer, config, stop_token)
     images = max(1, _SEQUENCES // per_image)
     written: list[list[Written]] = []
     for start in range(0, len(prefix), images):
-        part = prefix[start : start + images]
-        cache, logits = prefill(model, part)
+        part = slice(start, start + images)
+        own = None if bonus is None else bonus.rows(torch.arange(len(prefix), device=prefix.device)[part])
+        past, logits = Past.prefill(model, prefix[part], mask[part], own)
         if config.decoding != "clipcap":
             logits[:, ends] = -torch.inf  # a caption has at least one token
         if config.decoding in ("beam", "clipcap"):
-            decoded = _beam(model, cache, logits, config.num_beams, steps, ends)
+            decoded = beam_search(model, past, logits, config.num_beams, steps, ends)
         else:
-            decoded = _sample(model, cache, logits, config, per_image, digests[start : start + images], steps, ends)
+            decoded = _sample(model, past, logits, config, per_image, digests[part], steps, ends)
         for sequences in decoded:
             written.append([_read(tokenizer, model.end_token, prompt, *sequence) for sequence in sequences])
     return written
@@ -86,34 +94,11 @@ def _ends(
     return [stop] if config.decoding == "clipcap" else [stop, model.end_token]
 
 
-def _ended(tokens: Tensor, ends: list[int]) -> Tensor:
-    return torch.stack([tokens == end for end in ends]).any(0)
-
-
 def _read(
     tokenizer: PreTrainedTokenizerBase, end: int, prompt: list[int], tokens: list[int], log_probability: float
 ) -> Written:
     text = tokenizer.decode([*prompt, *(token for token in tokens if token != end)], skip_special_tokens=True)
     return Written(" ".join(text.split()), tuple(tokens), log_probability)
-
-
-def prefill(model: CaptionModel, prefix: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Runs the prefix once: its keys and values, and the logits [B, V] of the first token."""
-    output = model.language_model(inputs_embeds=prefix.to(model.language_model.dtype), use_cache=True, logits_to_keep=1)
-    return output.past_key_values, output.logits[:, -1].float()
-
-
-def next_logits(model: CaptionModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
-    """Feeds one token [S] to each sequence; returns the logits [S, V] of the next."""
-    return model.language_model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1].float()
-
-
-def _rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A new cache that holds these rows of `cache`, which stays as it is."""
-    chosen = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        chosen.update(layer.keys[rows], layer.values[rows], number)
-    return chosen
 
 
 def uniforms(seed: int, digest: bytes, count: int, steps: int) -> np.ndarray:
@@ -125,7 +110,7 @@ def uniforms(seed: int, digest: bytes, count: int, steps: int) -> np.ndarray:
 
 def _sample(
     model: CaptionModel,
-    cache: DynamicCache,
+    past: Past,
     logits: Tensor,
     config: GenerationConfig,
     per_image: int,
@@ -142,12 +127,12 @@ def _sample(
     decoded = []
     for start in range(0, len(owner), _SEQUENCES):
         part = slice(start, start + _SEQUENCES)
-        decoded += _decode(model, _rows(cache, owner[part]), logits[owner[part]], random[part], config, ends)
+        decoded += _decode(model, past.rows(owner[part]), logits[owner[part]], random[part], config, ends)
     return [decoded[start : start + per_image] for start in range(0, len(decoded), per_image)]
 
 
 def _decode(
-    model: CaptionModel, cache: DynamicCache, logits: Tensor, random: Tensor, config: GenerationConfig, ends: list[int]
+    model: CaptionModel, past: Past, logits: Tensor, random: Tensor, config: GenerationConfig, ends: list[int]
 ) -> list[tuple[list[int], float]]:
     """Writes S sequences from their first logits [S, V]; a finished sequence leaves the batch when it is looked at."""
     S, steps = random.shape
@@ -161,24 +146,20 @@ def _decode(
         tokens[alive, step] = chosen
         gained = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
         log_probability[alive] += gained.masked_fill(finished, 0.0)
-        finished = finished | _ended(chosen, ends)
+        finished = finished | ended(chosen, ends)
         if step + 1 == steps:
             break
-        if _looks(step + 1, device):
+        if looks(step + 1, device):
             if finished.all():
                 break
             if finished.any():
                 kept = (~finished).nonzero()[:, 0]
-                cache, alive, chosen, finished = _rows(cache, kept), alive[kept], chosen[kept], finished[kept]
-        logits = next_logits(model, cache, chosen)
+                past, alive, chosen, finished = past.rows(kept), alive[kept], chosen[kept], finished[kept]
+        logits = past.read(model, chosen)
     return [
         (row[: next((place for place, token in enumerate(row) if token in ends), steps) + 1], total)
         for row, total in zip(tokens.tolist(), log_probability.tolist(), strict=True)
     ]
-
-
-def _looks(step: int, device: torch.device) -> bool:
-    return device.type == "cpu" or step % _LOOK_EVERY == 0
 
 
 def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
@@ -198,50 +179,3 @@ def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
     drawn = torch.searchsorted(mass, (random.nan_to_num(0.0) * mass[:, -1])[:, None], right=True)
     drawn = drawn.clamp_max((before < config.top_p).sum(-1, keepdim=True) - 1)
     return torch.where(random.isnan(), likeliest, ids.gather(1, drawn)[:, 0])
-
-
-def _beam(
-    model: CaptionModel, cache: DynamicCache, logits: Tensor, beams: int, steps: int, ends: list[int]
-) -> list[list[tuple[list[int], float]]]:
-    """Beam search by mean log-probability in which a finished beam keeps its place (ClipCap's rule)."""
-    B, V = logits.shape
-    device = logits.device
-    width = min(beams, V - len(ends))
-    totals, first = logits.log_softmax(-1).topk(width)  # [B, M]
-    tokens = first[..., None]  # [B, M, 1]
-    lengths = torch.ones_like(totals)
-    stopped = _ended(first, ends)
-    images = torch.arange(B, device=device)
-    cache = _rows(cache, images.repeat_interleave(width))
-    finished: list[list[tuple[list[int], float]]] = [[] for _ in range(B)]
-    for step in range(1, steps + 1):
-        done = stopped.all(-1) if step < steps else torch.ones_like(stopped[:, 0])
-        looking = step == steps or _looks(step, device)
-        for place in done.nonzero()[:, 0].tolist() if looking else ():
-            finished[images[place]] = [
-                (row[: int(length)], total)
-                for row, length, total in zip(
-                    tokens[place].tolist(), lengths[place].tolist(), totals[place].tolist(), strict=True
-                )
-            ]
-        if looking and done.all():
-            break
-        if looking and done.any():
-            keep = (~done).nonzero()[:, 0]
-            cache = _rows(cache, (keep[:, None] * width + torch.arange(width, device=device)).flatten())
-            images, tokens, totals = images[keep], tokens[keep], totals[keep]
-            lengths, stopped = lengths[keep], stopped[keep]
-        log_probs = next_logits(model, cache, tokens[..., -1].flatten()).log_softmax(-1).view(-1, width, V)
-        log_probs = log_probs.masked_fill(stopped[..., None], -torch.inf)
-        log_probs[..., ends[0]].masked_fill_(stopped, 0.0)
-        sums = totals[..., None] + log_probs  # [B, M, V]
-        new_lengths = lengths + ~stopped
-        best, flat = (sums / new_lengths[..., None]).flatten(1).topk(width)  # [B, M]
-        parent, token = flat // V, flat % V
-        totals = best * new_lengths.gather(1, parent)
-        lengths, stopped = new_lengths.gather(1, parent), stopped.gather(1, parent) | _ended(token, ends)
-        tokens = tokens.gather(1, parent[..., None].expand(-1, -1, tokens.shape[2]))
-        tokens = torch.cat([tokens, token[..., None]], dim=2)
-        offsets = torch.arange(len(images), device=device)[:, None] * width
-        cache.reorder_cache((offsets + parent).flatten())
-    return finished

@@ -1,7 +1,7 @@
 """The captioner's network: a mapper's prefix in front of a GPT-2-family language model.
 
 Legend of shape letters, used throughout the package: B batch, T text tokens, P prefix length, K neighbours,
-D clip_dim, E lm_dim, V vocabulary, N rows, H heads.
+D clip_dim, E lm_dim, V vocabulary, N rows, H heads, C tokens of a context (the neighbours' words).
 """
 
 from collections.abc import Sequence
@@ -41,27 +41,52 @@ class CaptionModel(nn.Module):
         """image_embedding [B, D] and neighbours (embeddings [B, K, D], scores [B, K], mask [B, K]) -> [B, P, E]."""
         return self.mapper(image_embedding, *neighbors)
 
-    def _hidden(self, tokens: Tensor, image_embedding: Tensor, neighbors: tuple[Tensor, ...]) -> Tensor:
-        prefix = self.prefix(image_embedding, *neighbors)  # [B, P, E]
+    def with_context(self, prefix: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The prefix [B, P, E] and the context tokens [B, C] behind it, padded with IGNORED, as vectors.
+
+        Returns:
+            [B, P+C, E], and the mask [B, P+C] of what is no padding.
+        """
+        mask = prefix.new_ones(prefix.shape[:2], dtype=torch.bool)
+        if context is None:
+            return prefix, mask
+        words = self.language_model.get_input_embeddings()(context.clamp_min(0))  # [B, C, E]
+        return torch.cat([prefix, words.to(prefix.dtype)], dim=1), torch.cat([mask, context != IGNORED], dim=1)
+
+    def _hidden(self, tokens: Tensor, prefix: Tensor, context: Tensor | None) -> Tensor:
         words = self.language_model.get_input_embeddings()(tokens)  # [B, T, E]
-        inputs = torch.cat([prefix.to(words.dtype), words], dim=1)  # [B, P+T, E]
+        before, present = self.with_context(prefix.to(words.dtype), context)  # [B, P+C, E], [B, P+C]
+        inputs = torch.cat([before, words], dim=1)  # [B, P+C+T, E]
+        packed = torch.cat([present, present.new_ones(tokens.shape)], dim=1)
+        inputs = _ordered(inputs, (~packed).int().argsort(dim=1, stable=True))  # padding goes behind the caption
         hidden = self.language_model.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        return hidden[:, prefix.shape[1] - 1 : -1]  # [B, T, E]
+        places = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device) + present.sum(1, keepdim=True)  # [B, T]
+        return _ordered(hidden, places)  # [B, T, E]
 
-    def forward(self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor) -> Tensor:
-        """Logits [B, T, V] of each of the tokens [B, T], given the prefix and the tokens before it."""
-        return self.language_model.lm_head(self._hidden(tokens, image_embedding, neighbors))
+    def forward(
+        self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of each of the tokens [B, T], given the prefix, the context [B, C] and the tokens before."""
+        return self.language_model.lm_head(self._hidden(tokens, self.prefix(image_embedding, *neighbors), context))
 
-    def loss(self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor) -> tuple[Tensor, int]:
+    def loss(
+        self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Summed negative log-likelihood in nats and the number of tokens that it counts.
 
         Args:
             tokens: [B, T] with the end token after each caption and IGNORED behind it.
+            context: [B, C] tokens to read between prefix and caption, IGNORED behind them; they do not count.
         """
-        counted = tokens != IGNORED
-        hidden = self._hidden(tokens.masked_fill(~counted, self.end_token), image_embedding, neighbors)
+        counted, prefix = tokens != IGNORED, self.prefix(image_embedding, *neighbors)
+        hidden = self._hidden(tokens.masked_fill(~counted, self.end_token), prefix, context)
         logits = self.language_model.lm_head(hidden[counted])  # [counted, V]
         return F.cross_entropy(logits.float(), tokens[counted], reduction="sum"), int(counted.sum())
+
+
+def _ordered(vectors: Tensor, places: Tensor) -> Tensor:
+    """vectors [B, S, E] and places [B, T] -> [B, T, E]."""
+    return vectors.gather(1, places[..., None].expand(-1, -1, vectors.shape[2]))
 
 
 def load_language_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -24,9 +24,9 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def with_prompt(
-    model: CaptionModel, tokenizer: PreTrainedTokenizerBase, prefix: Tensor, prompt: str
-) -> tuple[Tensor, list[int]]:
-    """The prefix [B, P, E] with the prompt's word vectors behind it, [B, P+T, E], and the prompt's T tokens.
+    model: CaptionModel, tokenizer: PreTrainedTokenizerBase, prefix: Tensor, mask: Tensor, prompt: str
+) -> tuple[Tensor, Tensor, list[int]]:
+    """The prefix [B, P, E] with the prompt's word vectors behind it, [B, P+T, E], its mask, and the prompt's T tokens.
 
     Raises:
         InputError: they leave the language model no position to write at.
@@ -36,4 +36,8 @@ def with_prompt(
     if len(tokens) > room:
         raise InputError(f"the prompt has {len(tokens)} tokens, but this model has room for {room}; shorten --prompt")
     words = model.language_model.get_input_embeddings()(torch.tensor(tokens, dtype=torch.long, device=prefix.device))
-    return torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1), tokens
+    return (
+        torch.cat([prefix, words.to(prefix.dtype).expand(len(prefix), -1, -1)], dim=1),
+        torch.cat([mask, mask.new_ones(len(mask), len(tokens))], dim=1),
+        tokens,
+    )

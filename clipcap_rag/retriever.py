@@ -31,10 +31,10 @@ class Neighbors:
     Attributes:
         rows: [B, K] int64, positions in the index that `sources` names.
         scores: [B, K] float32 cosines.
-        sources: [B, K] int64, position in `names`.
+        sources: [B, K] int64, position in `indexes`.
         embeddings: [B, K, D] float32 unit length, zero where absent.
         captions: per image, the captions of the neighbours that are present.
-        names: the indexes that were searched.
+        indexes: those that were searched.
     """
 
     rows: np.ndarray
@@ -42,7 +42,7 @@ class Neighbors:
     sources: np.ndarray
     embeddings: np.ndarray
     captions: list[list[str]]
-    names: list[str]
+    indexes: list[CaptionIndex]
 
     @property
     def mask(self) -> np.ndarray:
@@ -52,13 +52,13 @@ class Neighbors:
     def part(self, images: slice) -> "Neighbors":
         """The neighbours of some of the images."""
         arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
-        return Neighbors(*arrays, self.captions[images], self.names)
+        return Neighbors(*arrays, self.captions[images], self.indexes)
 
     def listed(self) -> list[list[Neighbor]]:
         """The neighbours of each image one by one, best first, for people and for JSON."""
         return [
             [
-                Neighbor(int(row), caption, float(score), self.names[source])
+                Neighbor(int(row), caption, float(score), self.indexes[source].name)
                 for row, caption, score, source in zip(rows, captions, scores, sources, strict=False)
             ]
             for rows, captions, scores, sources in zip(self.rows, self.captions, self.scores, self.sources, strict=True)
@@ -113,7 +113,7 @@ class Retriever:
             if here.any():
                 embeddings[here] = index.embeddings(rows[here])
         captions = [[hit[3] for hit in found] for found in merged]
-        return Neighbors(rows, scores, sources, embeddings, captions, [index.name for index in self.indexes])
+        return Neighbors(rows, scores, sources, embeddings, captions, self.indexes)
 
     def _merge(self, hits: list[tuple[float, int, int, str]], k: int) -> list[tuple[float, int, int, str]]:
         best: dict[str, tuple[float, int, int, str]] = {}

@@ -102,6 +102,8 @@ class _Run:
             raise InputError("the retrieval mapper needs an index; pass --index, or --mapper transformer to do without")
         if index is not None and model_config.mapper != "retrieval":
             raise InputError(f"the {model_config.mapper} mapper looks at no neighbours; drop --index")
+        if index is None and config.text_neighbors:
+            raise InputError("text_neighbors needs an index whose words are shown; pass --index, or leave it at 0")
         if index is not None:
             check_same_encoder(
                 features.encoder, f"the feature set {features.path}", index.encoder, f"the index {index.path}"
@@ -121,6 +123,7 @@ class _Run:
                 f"max_caption_tokens {config.max_caption_tokens} and prefix_length {model_config.prefix_length} exceed "
                 f"the {network.config.n_positions} positions of {language_model}; at most {room} tokens fit"
             )
+        self.room = room - config.max_caption_tokens  # for the neighbours' words
         self.config, self.device, self.index = config, device, index
         self.language_model, self.features = language_model, features
         self.dtype = pick_dtype(dtype, device)
@@ -154,7 +157,8 @@ class _Run:
 
     def _batches(self, features: FeatureSet, rows: Any) -> CaptionBatches:
         neighbors = None if self.index is None else stored_neighbors(features, self.index, self.config.neighbor_pool)
-        return CaptionBatches(features, rows, self.tokenizer, self.model_config, self.config, self.index, neighbors)
+        data = (features, rows, self.tokenizer, self.model_config, self.config, self.index, neighbors)
+        return CaptionBatches(*data, room=self.room)
 
     def _set_statistics(self) -> None:
         """Centre and spread of the index's embeddings and of the training neighbours' similarities."""
@@ -200,6 +204,7 @@ class _Run:
             if index is None
             else {"path": str(index.path.resolve()), "name": index.name, "revision": index.revision},
             num_neighbors=0 if index is None else self.config.max_neighbors,
+            text_neighbors=self.config.text_neighbors,
             training={
                 "features": self.features.name,
                 "settings": self.config.to_json(),
@@ -260,7 +265,7 @@ class _Run:
     def _train_step(self, batch: Any) -> float:
         config = self.config
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            total, count = self.model.loss(batch.tokens, *batch.inputs)
+            total, count = self.model.loss(batch.tokens, *batch.inputs, context=batch.context)
         loss = total / count
         (loss / config.accumulate).backward()
         if self._complete(self.step + 1):

@@ -22,15 +22,17 @@ def validate(
     total, count = 0.0, 0
     for batch in batches.plain():
         batch = batch.to(device)
-        loss, tokens = model.loss(batch.tokens, *batch.inputs)
+        loss, tokens = model.loss(batch.tokens, *batch.inputs, context=batch.context)
         total, count = total + float(loss), count + tokens
     photos = np.unique(batches.photo)[: batches.config.validation_images]
     captions: list[str] = []
     for start in range(0, len(photos), _PHOTOS):
         part = photos[start : start + _PHOTOS]
-        inputs = batches.inputs(part, batches.nearest(part))
-        prefix = model.prefix(*(tensor.to(device) for tensor in inputs))
+        rows = batches.nearest(part)
+        prefix = model.prefix(*(tensor.to(device) for tensor in batches.inputs(part, rows)))
+        context = batches.context(rows, len(part)).to(device)
         greedy = GenerationConfig(decoding="greedy", max_new_tokens=batches.config.max_caption_tokens)
-        captions += [found[0].caption for found in write_captions(model, tokenizer, prefix, greedy, [b""] * len(part))]
+        written = write_captions(model, tokenizer, prefix, greedy, [b""] * len(part), context=context)
+        captions += [found[0].caption for found in written]
     scores = caption_metrics([batches.features.captions[photo] for photo in photos], captions)
     return {"validation_loss": total / count, "CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}

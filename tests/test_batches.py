@@ -19,7 +19,7 @@ def make(world, tiny_lm):
     def batches(**settings):
         config = TrainConfig(**({"batch_size": 4, "neighbor_pool": 6, "max_neighbors": 4} | settings))
         rows = range(len(world.features))
-        return CaptionBatches(world.features, rows, tokenizer, ModelConfig(), config, world.index, neighbors)
+        return CaptionBatches(world.features, rows, tokenizer, ModelConfig(), config, world.index, neighbors, room=50)
 
     return batches
 
@@ -85,6 +85,42 @@ def test_retrieval_noise_does_what_its_settings_say(make):
     sampled = draw(pool_sampling=1.0)
     assert (sampled[:, 0] == nearest[0]).all()
     assert set(sampled.ravel()) == set(nearest)
+
+
+def read(tokenizer, context):
+    """The captions that a row of a context holds."""
+    text = tokenizer.decode([token for token in context.tolist() if token != IGNORED])
+    return text.split(tokenizer.eos_token)[:-1]
+
+
+def test_words_are_those_of_the_neighbors_that_are_shown(make, world, tiny_lm):
+    tokenizer, batches = load_tokenizer(tiny_lm), make(text_neighbors=2, text_dropout=0.0)
+    stored = {text: row for row, text in enumerate(world.index.captions(np.arange(len(world.index))))}
+    lengths = set()
+    for batch in batches.epoch(0):
+        _, embeddings, _, mask = batch.inputs
+        for context, vectors, present in zip(batch.context, embeddings, mask, strict=True):
+            rows = [stored[text] for text in read(tokenizer, context)]
+            lengths.add(len(rows))
+            np.testing.assert_allclose(world.index.embeddings(rows), vectors[present][:2], atol=1e-3)
+    assert lengths == {0, 1, 2}
+
+
+def test_words_are_dropped_as_often_as_asked(make):
+    def wordless(**settings):
+        return np.mean([batch.context.shape[1] == 0 for epoch in range(40) for batch in make(**settings).epoch(epoch)])
+
+    always = {"retrieval_dropout": 0.0, "text_neighbors": 2}
+    assert wordless(**always, text_dropout=0.25) == pytest.approx(0.25, abs=0.08)
+    assert wordless(**always, text_dropout=0.0) == 0.0
+    assert wordless() == 1.0
+
+
+def test_words_leave_everything_else_as_it_was(make):
+    for with_words, without in zip(make(text_neighbors=2).epoch(1), make().epoch(1), strict=True):
+        assert (with_words.tokens == without.tokens).all()
+        for one, other in zip(with_words.inputs, without.inputs, strict=True):
+            assert (one == other).all()
 
 
 def test_noise_has_the_asked_length(make):

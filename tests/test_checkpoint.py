@@ -50,6 +50,17 @@ def test_the_same_logits_come_back(saved):
     assert opened.tokenizer.decode(opened.tokenizer("a red kite")["input_ids"]) == "a red kite"
 
 
+def test_a_checkpoint_of_an_older_release_opens(saved):
+    checkpoint, folder = saved
+    manifest = json.loads((folder / "config.json").read_text())
+    for name in ("kind", "format_version", "files"):
+        del manifest[name]
+    del manifest["text_neighbors"], manifest["model"]["mapper_dropout"]
+    write_manifest(folder, "config.json", "checkpoint", 1, manifest)
+    opened = read_checkpoint(folder)
+    assert opened.text_neighbors == 0 and opened.config == checkpoint.config
+
+
 def test_frozen_language_models_are_not_stored(saved):
     checkpoint, folder = saved
     stored = [name for name in load_file(folder / "model.safetensors") if name.startswith("language_model.")]

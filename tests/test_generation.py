@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipcap_rag import generation
+from clipcap_rag import beam, generation
 from clipcap_rag.config import GenerationConfig, ModelConfig
 from clipcap_rag.generation import uniforms, write_captions
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
@@ -136,7 +136,8 @@ def test_looking_rarely_at_what_is_finished_changes_nothing(captioner, decoding,
     model = CaptionModel(model.mapper, model.language_model, end_token=_often_written(model, tokenizer, prefix, config))
     each_step = write_captions(model, tokenizer, prefix, config, DIGESTS)
     assert len({len(candidate.tokens) for candidates in each_step for candidate in candidates}) > 1
-    monkeypatch.setattr(generation, "_looks", lambda step, device: step % 7 == 0)
+    for module in (generation, beam):
+        monkeypatch.setattr(module, "looks", lambda step, device: step % 7 == 0)
     for expected, found in zip(each_step, write_captions(model, tokenizer, prefix, config, DIGESTS), strict=True):
         assert [candidate.tokens for candidate in found] == [candidate.tokens for candidate in expected]
         for a, b in zip(found, expected, strict=True):

@@ -50,6 +50,33 @@ def test_padding_changes_nothing(tiny_lm):
     torch.testing.assert_close(model.loss(padded, image)[0], model.loss(tokens, image)[0], atol=1e-4, rtol=0)
 
 
+def test_a_context_is_read_between_prefix_and_caption_and_does_not_count(tiny_lm):
+    model = build(tiny_lm).eval()
+    end, image = model.end_token, torch.randn(3, D)
+    contexts = [[9, 8, 7, 6, end], [], [4, end]]
+    tokens = torch.tensor([[5, 6, 7, end], [3, end, IGNORED, IGNORED], [2, 2, end, IGNORED]])
+    context = torch.tensor([row + [IGNORED] * (5 - len(row)) for row in contexts])
+    together, count = model.loss(tokens, image, context=context)
+    assert count == 9
+    expected = 0.0
+    for row, own, one in zip(tokens.tolist(), contexts, image, strict=True):
+        caption = [token for token in row if token != IGNORED]
+        words = model.language_model.get_input_embeddings()(torch.tensor([own + caption], dtype=torch.long))
+        inputs = torch.cat([model.prefix(one[None]), words], dim=1)
+        logits = model.language_model(inputs_embeds=inputs).logits[0, P + len(own) - 1 : -1]
+        expected = expected + F.cross_entropy(logits, torch.tensor(caption), reduction="sum")
+    torch.testing.assert_close(together, expected, atol=1e-3, rtol=0)
+
+
+def test_an_absent_context_equals_none(tiny_lm):
+    model = build(tiny_lm).eval()
+    tokens, image = torch.tensor([[5, 6, model.end_token]]), torch.randn(1, D)
+    absent = model.loss(tokens, image, context=torch.empty(1, 0, dtype=torch.long))[0]
+    assert absent == model.loss(tokens, image)[0]
+    padded = model.loss(tokens, image, context=torch.full((1, 7), IGNORED))[0]
+    torch.testing.assert_close(padded, absent, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
 def test_only_what_is_tuned_learns(tiny_lm, tuning):
     model = build(tiny_lm, language_model_tuning=tuning).train()

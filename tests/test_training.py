@@ -25,6 +25,7 @@ QUICK = {
     "max_neighbors": 3,
     "validation_fraction": 0.3,
     "patience": 0,
+    "text_neighbors": 2,
 }
 
 PROGRAM = """

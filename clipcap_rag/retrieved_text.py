@@ -1,0 +1,80 @@
+"""What the words of neighbours do when captions are written: stand before the caption, or raise what they say."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from clipcap_rag.checkpoint import Checkpoint
+from clipcap_rag.config import GenerationConfig
+from clipcap_rag.errors import InputError
+from clipcap_rag.model import IGNORED
+from clipcap_rag.prompt import prompt_tokens
+from clipcap_rag.retriever import Neighbors
+from clipcap_rag.word_bonus import word_bonus, word_nats
+
+
+def words_for(
+    checkpoint: Checkpoint, neighbors: Neighbors, generation: GenerationConfig, logit_scale: float
+) -> dict[str, Any]:
+    """The `context` or the `bonus` of `write_captions` that the neighbours of B images ask for, or neither.
+
+    Args:
+        logit_scale: CLIP's.
+
+    Raises:
+        InputError: the model has not learned to read its neighbours' words.
+    """
+    tokenizer, device = checkpoint.tokenizer, checkpoint.model.language_model.device
+    mode = text_mode(generation.retrieved_text, checkpoint.text_neighbors)
+    if mode == "prompt":
+        room = checkpoint.model.language_model.config.n_positions - checkpoint.config.prefix_length
+        room -= len(prompt_tokens(tokenizer, generation.prompt)) + generation.longest
+        context = context_tokens(tokenizer, neighbors.captions, checkpoint.text_neighbors, room)
+        return {"context": context.to(device)}
+    if mode == "bias":
+        nats = [
+            word_nats(captions, scores[mask], neighbors.indexes, logit_scale)
+            for captions, scores, mask in zip(neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
+        ]
+        return {"bonus": word_bonus(tokenizer, nats, generation.bias_strength).to(device)}
+    return {}
+
+
+def context_tokens(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[Sequence[str]], count: int, room: int
+) -> Tensor:
+    """The first `count` captions of each of B images as tokens [B, C], IGNORED behind them.
+
+    Each caption is written as training writes one, with the end token behind it, best first; what exceeds `room`
+    tokens is cut. Words of neighbours in front of the caption follow SmallCap (Ramos et al. 2023, arXiv 2209.15323).
+
+    Args:
+        captions: per image, its neighbours' captions, best first; none gives a row of IGNORED.
+    """
+    end = tokenizer.eos_token_id
+    chosen = [[" ".join(caption.split()) for caption in listed[:count]] for listed in captions]
+    texts = list(dict.fromkeys(text for listed in chosen for text in listed))
+    ids = dict(zip(texts, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True))
+    rows = [[token for text in listed for token in (*ids[text], end)] for listed in chosen]
+    rows = [row if len(row) <= room else [*row[: room - 1], end][: max(0, room)] for row in rows]
+    context = torch.full((len(rows), max(map(len, rows), default=0)), IGNORED)
+    for place, row in enumerate(rows):
+        context[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return context
+
+
+def text_mode(asked: str, text_neighbors: int) -> str:
+    """off, prompt or bias for `GenerationConfig.retrieved_text` and a model trained with so many neighbours' words.
+
+    Raises:
+        InputError: the model has not learned to read them.
+    """
+    if asked == "prompt" and not text_neighbors:
+        raise InputError(
+            "this model was trained without its neighbours' words, so --retrieved-text prompt would confuse it; "
+            "use bias or off, or train one with --text-neighbors 4"
+        )
+    return asked if asked != "auto" else "prompt" if text_neighbors else "off"

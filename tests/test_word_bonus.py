@@ -1,0 +1,111 @@
+"""The bonus of neighbours' words: who gets one, where it is given, and when it is spent."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.captioner import Captioner
+from clipcap_rag.config import GenerationConfig
+from clipcap_rag.errors import InputError
+from clipcap_rag.index_builder import build_caption_index
+from clipcap_rag.index_editor import add_captions
+from clipcap_rag.model import load_tokenizer
+from clipcap_rag.word_bonus import word_bonus, word_nats, words_of
+
+
+@pytest.fixture(scope="module")
+def index(world, tiny_captions, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    file = folder / "captions.txt"
+    file.write_text("\n".join([*tiny_captions, "a zeppelin by the sea"]))
+    return build_caption_index([file], world.clip, folder / "index", device="cpu", dtype="float32")
+
+
+def test_words_keep_their_writing_but_not_the_capital_of_a_sentence():
+    assert words_of("A dog chases Anna's ball, the dog-like one.") == {
+        word.casefold(): word for word in ("a", "dog", "chases", "Anna's", "ball", "the", "dog-like", "one")
+    }
+    assert words_of("Anna meets Anna") == {"anna": "Anna", "meets": "meets"}
+
+
+def test_rare_words_gain_and_usual_ones_do_not(index):
+    captions = ["a zeppelin by the sea", "a zeppelin in the snow", "a brown dog in the snow"]
+    nats = word_nats(captions, np.array([0.5, 0.5, 0.5]), [index], 10.0)
+    assert nats["zeppelin"] == max(nats.values()) > 1.5
+    assert max(nats.get("a", 0.0), nats.get("by", 0.0)) < 0.15 * nats["zeppelin"]
+    assert word_nats([], np.array([]), [index], 10.0) == {}
+
+
+def test_one_strong_match_counts_for_several(index):
+    captions = ["a zeppelin by the sea", "a brown dog in the snow", "an old man in a hat"]
+    weak, strong = (word_nats(captions, np.array([score, 0.3, 0.3]), [index], 20.0)["zeppelin"] for score in (0.3, 0.6))
+    assert strong > 2 * weak
+
+
+def test_only_the_words_are_raised_and_a_part_only_behind_the_part_before(tiny_lm):
+    tokenizer = load_tokenizer(tiny_lm)
+    ids = tokenizer.encode(" zeppelin")
+    assert len(ids) > 2
+    bonus = word_bonus(tokenizer, [{"zeppelin": 2.0}, {}], strength=1.5)
+    logits = torch.zeros(2, len(tokenizer))
+    start = bonus.add(logits)
+    assert start[0].nonzero()[:, 0].tolist() == [ids[0]] and start[0, ids[0]] == 3.0
+    assert not start[1].any() and not logits.any()
+    inside = bonus.without(torch.tensor([ids[0]] * 2)).add(logits, torch.tensor([ids[0]] * 2))
+    assert inside[0].nonzero()[:, 0].tolist() == [ids[1]]  # and no second zeppelin
+    elsewhere = bonus.add(logits, torch.tensor([7, 7]))
+    assert elsewhere[0].nonzero()[:, 0].tolist() == [ids[0]]
+    assert (bonus.rows(torch.tensor([1, 0, 0])).add(torch.zeros(3, len(tokenizer))).any(1)).tolist() == [
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample", "beam"])
+def test_a_captioner_takes_up_words_of_its_neighbors(world, index, decoding):
+    captioner = Captioner.from_pretrained(world.run, device="cpu", dtype="float32")
+    photos = [world.photos / name for name in world.features.images[:2]]
+    settings = {"index": index, "num_neighbors": 8, "decoding": decoding, "max_new_tokens": 12, "candidates": 4}
+    off = captioner.caption(photos, retrieved_text="off", **settings)
+    assert off == captioner.caption(photos, **settings)
+    assert off == captioner.caption(photos, retrieved_text="bias", bias_strength=0.0, **settings)
+    strong = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **settings)
+    for result in strong:
+        near = {word for neighbor in result.neighbors for word in words_of(neighbor.caption)}
+        said = words_of(result.caption)
+        assert len(near & said.keys()) >= 2
+    without = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **(settings | {"index": None}))
+    assert without == captioner.caption(photos, **(settings | {"index": None}))
+
+
+def test_words_as_a_prompt_need_a_model_that_reads_them(world):
+    captioner = Captioner.from_pretrained(world.run, device="cpu", dtype="float32")
+    photo = world.photos / world.features.images[0]
+    greedy = GenerationConfig(decoding="greedy", retrieved_text="prompt")
+    with pytest.raises(InputError, match="--text-neighbors"):
+        captioner.caption(photo, generation=greedy)
+    captioner.checkpoint = dataclasses.replace(captioner.checkpoint, text_neighbors=2)
+    (with_words,) = captioner.caption(photo, generation=greedy)
+    assert with_words == captioner.caption(photo, decoding="greedy")[0]  # auto
+    (off,) = captioner.caption(photo, decoding="greedy", retrieved_text="off")
+    assert with_words.candidates[0].log_probability != off.candidates[0].log_probability
+    alone = [captioner.caption(photo, index=None, decoding="greedy", retrieved_text=mode) for mode in ("prompt", "off")]
+    assert alone[0] == alone[1]
+
+
+def test_words_added_to_an_index_are_counted(index, tmp_path):
+    shutil.copytree(index.path, tmp_path / "index")
+    live = CaptionIndex.open(tmp_path / "index")
+
+    def nats():
+        return word_nats(["a zeppelin"], np.array([0.4]), [live], 10.0)["zeppelin"]
+
+    before = nats()
+    add_captions(live.path, [f"a zeppelin over town number {number}" for number in range(20)])
+    assert nats() == before  # a snapshot until it is refreshed
+    assert live.refresh() and nats() < before - 1
