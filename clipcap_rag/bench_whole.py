@@ -13,7 +13,7 @@ from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import GenerationConfig, ModelConfig
 from clipcap_rag.hardware import pick_dtype
 
-_K, _BATCH = 8, 16
+_K, _BATCH = 8, 64
 
 
 def comparisons(subjects: Subjects) -> Iterator[Comparison]:

@@ -41,7 +41,7 @@ def caption_flags(parser: ArgumentParser) -> None:
     text = "add the CLIP text embedding of the caption to --json"
     output.add_argument("--caption-embedding", action="store_true", help=text)
     text = "auto, cpu, cuda, cuda:N, several with commas, or all GPUs; a process for each"
-    add_compute(parser, batch_size=16, workers=0, device=text)
+    add_compute(parser, batch_size=64, workers=0, device=text)
 
 
 def caption(given: Namespace) -> int:

@@ -31,7 +31,7 @@ def caption_on(
     *,
     dtype: str = "auto",
     index_device: str = "auto",
-    batch_size: int = 16,
+    batch_size: int = 64,
     **options: Any,
 ) -> Iterator[CaptionResult]:
     """Captions photos, stored embeddings or texts like `Captioner.stream`, in the order in which they are done.
