@@ -70,6 +70,9 @@ def draw(file: Path, results: Sequence[Result]) -> None:
     axes.set_yticks(list(places), [result.name for result in results], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    ticks = [factor * 10**power for power in range(4) for factor in (1, 2, 5)]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlim(0.5, 2 * max(*ratios, 1))
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xlabel("times faster than the way beside it (median, range; red: promised)")

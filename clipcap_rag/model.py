@@ -57,11 +57,16 @@ class CaptionModel(nn.Module):
         words = self.language_model.get_input_embeddings()(tokens)  # [B, T, E]
         before, present = self.with_context(prefix.to(words.dtype), context)  # [B, P+C, E], [B, P+C]
         inputs = torch.cat([before, words], dim=1)  # [B, P+C+T, E]
+        if before.shape[1] == prefix.shape[1]:
+            return self._read(inputs)[:, prefix.shape[1] - 1 : -1]  # [B, T, E]
         packed = torch.cat([present, present.new_ones(tokens.shape)], dim=1)
-        inputs = _ordered(inputs, (~packed).int().argsort(dim=1, stable=True))  # padding goes behind the caption
-        hidden = self.language_model.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        hidden = self._read(_ordered(inputs, (~packed).int().argsort(dim=1, stable=True)))  # padding comes last
         places = torch.arange(-1, tokens.shape[1] - 1, device=tokens.device) + present.sum(1, keepdim=True)  # [B, T]
         return _ordered(hidden, places)  # [B, T, E]
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        """What the language model's last layer makes of inputs [B, S, E]."""
+        return self.language_model.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
     def forward(
         self, tokens: Tensor, image_embedding: Tensor, *neighbors: Tensor, context: Tensor | None = None
