@@ -38,6 +38,10 @@ def caption_flags(parser: ArgumentParser) -> None:
     output.add_argument("--verbose", action="store_true", help="show neighbours and candidates with their scores")
     text = "show, for each vector of the prefix, the words nearest to it"
     output.add_argument("--explain-prefix", action="store_true", help=text)
+    text = "show what changes without each neighbour, and the words that image and neighbours support"
+    output.add_argument("--explain", action="store_true", help=text)
+    text = "mark captions that are not sure, by a folder of clipcap-rag calibrate; LEVEL instead of its own"
+    output.add_argument("--abstain", metavar="DIR[:LEVEL]", help=text)
     text = "add the CLIP text embedding of the caption to --json"
     output.add_argument("--caption-embedding", action="store_true", help=text)
     text = "auto, cpu, cuda, cuda:N, several with commas, or all GPUs; a process for each"
@@ -99,6 +103,8 @@ def _results(given: Namespace, generation: GenerationConfig) -> Iterator[Any]:
         batch_size=given.batch_size,
         workers=given.workers,
         explain_prefix=given.explain_prefix,
+        explain=given.explain,
+        abstention=_abstention(given.abstain),
     )
 
 
@@ -114,20 +120,51 @@ def _inputs(given: Namespace) -> dict[str, Any]:
     return {"images": expand_images(given.images)}
 
 
+def _abstention(argument: str | None) -> Any:
+    if argument is None:
+        return None
+    from clipcap_rag.abstention import Abstention
+
+    return Abstention.open(argument)
+
+
 def _listed(embedding: Any) -> list[float] | None:
     return None if embedding is None else embedding.tolist()
 
 
 def _print_result(result: Any, captions: int, verbose: bool) -> None:
+    mark = "not sure: " if result.confidence and result.confidence.abstained else ""
     for candidate in result.candidates[:captions]:
-        print(f"{result.image}: {candidate.caption}", flush=True)
+        print(f"{result.image}: {mark}{candidate.caption}", flush=True)
     for number, words in enumerate(result.prefix_words or []):
         listed = ", ".join(f"{word.word!r} {word.similarity:.2f}" for word in words)
         print(f"    prefix {number}  {listed}")
+    if result.evidence:
+        _print_evidence(result)
     if not verbose:
         return
+    if result.confidence:
+        print(f"    sure {result.confidence.sure:6.3f}")
     for neighbor in result.neighbors:
         print(f"    near {neighbor.score:6.3f}  {neighbor.caption}  [{neighbor.index} {neighbor.row}]")
     for candidate in result.candidates:
         detail = f"CLIP {candidate.clip_similarity:.3f}, log-probability {candidate.log_probability:.1f}"
         print(f"    rank {candidate.score:6.3f}  {candidate.caption}  ({detail})")
+
+
+def _print_evidence(result: Any) -> None:
+    found = result.evidence
+    for number, (neighbor, without) in enumerate(zip(found.neighbors, found.left_out, strict=True), 1):
+        print(f"    neighbour {number}  {neighbor.score:.3f}  {neighbor.caption}")
+        print(f"        {_without('it', without, result.caption)}")
+    if found.all_left_out:
+        print(f"    {_without('all neighbours', found.all_left_out, result.caption)}")
+    for word in found.words:
+        having = ", ".join(str(place + 1) for place in word.in_neighbors) or "none"
+        added = f"image {word.from_image:+.1f}, neighbours {word.from_neighbors:+.1f} nats"
+        print(f"    word {word.word:<14} {word.supported_by:<10} {added}; in neighbours {having}")
+
+
+def _without(what: str, without: Any, caption: str) -> str:
+    same = without.caption == caption
+    return f"without {what} {without.change:+.2f} nats: {'the same caption' if same else without.caption or 'no words'}"

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from clipcap_rag.abstention import Confidence
+from clipcap_rag.evidence import Evidence
 from clipcap_rag.prefix_words import PrefixWord
 from clipcap_rag.rerank import Candidate
 from clipcap_rag.retriever import Neighbor
@@ -22,6 +24,8 @@ class CaptionResult:
         neighbors: what was retrieved for it, best first.
         error: a sentence when it could not be captioned, and then `caption` is None.
         prefix_words: for each prefix vector the nearest words, where they were asked for.
+        evidence: what the caption rests on, where it was asked for.
+        confidence: how sure the caption is, where a calibration was given.
     """
 
     image: str
@@ -30,6 +34,8 @@ class CaptionResult:
     neighbors: list[Neighbor] = field(default_factory=list)
     error: str | None = None
     prefix_words: list[list[PrefixWord]] | None = None
+    evidence: Evidence | None = None
+    confidence: Confidence | None = None
 
     @property
     def caption_embedding(self) -> np.ndarray | None:
@@ -47,4 +53,8 @@ class CaptionResult:
         }
         if self.prefix_words is not None:
             shown["prefix_words"] = [[dataclasses.asdict(word) for word in words] for words in self.prefix_words]
+        if self.evidence is not None:
+            shown["evidence"] = self.evidence.to_json()
+        if self.confidence is not None:
+            shown |= dataclasses.asdict(self.confidence)
         return shown

@@ -6,29 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from clipcap_rag.abstention import Abstention
 from clipcap_rag.caption_inputs import StoredEmbeddings, checked_texts, text_batches
 from clipcap_rag.caption_result import CaptionResult
 from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.encoder import Embeddings, EncodedImages, Encoder, check_encoder
+from clipcap_rag.encoder import Embeddings, EncodedImages
 from clipcap_rag.errors import InputError
-from clipcap_rag.generation import write_captions
-from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.images import image_name
 from clipcap_rag.index_choice import IndexChoice, OpenIndexes
-from clipcap_rag.prefix_words import PrefixWord, prefix_words
 from clipcap_rag.ranker import Ranker
-from clipcap_rag.rerank import Candidate
-from clipcap_rag.retrieved_text import words_for
-from clipcap_rag.retriever import Neighbors, Retriever
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.shipped import mending
+from clipcap_rag.writer import Writer
 
 
-class Captioner:
+class Captioner(Writer):
     """A trained captioner; any index built with its CLIP model can be swapped in, or none."""
 
     def __init__(
@@ -41,10 +37,8 @@ class Captioner:
         base: Path | None = None,
     ):
         """base: the folder that relative paths in the checkpoint refer to."""
-        self.checkpoint, self.device = checkpoint, pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
-        self.model = checkpoint.model.to(self.device, self.dtype).eval()
-        self._device_name, self._dtype_name, self._index_device, self._base = device, dtype, index_device, base
+        super().__init__(checkpoint, device, dtype, base)
+        self._index_device = index_device
 
     @classmethod
     def from_pretrained(
@@ -80,14 +74,6 @@ class Captioner:
         captioner.encoder = encoder
         return captioner
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The CLIP model that the checkpoint was trained with, loaded when first needed and checked by its probes."""
-        record = self.checkpoint.encoder
-        encoder = Encoder.load(record["clip"], self._device_name, self._dtype_name, self._base)
-        check_encoder(record, encoder, "the model")
-        return encoder
-
     def caption(
         self,
         images: Any = None,
@@ -99,6 +85,8 @@ class Captioner:
         workers: int = 0,
         texts: Sequence[str] | None = None,
         explain_prefix: bool = False,
+        explain: bool = False,
+        abstention: Abstention | None = None,
         **settings: Any,
     ) -> list[CaptionResult]:
         """Captions images, one result each, in order.
@@ -115,15 +103,17 @@ class Captioner:
             workers: processes that decode images.
             texts: sentences instead of images; CLIP's text embedding takes the place of the image's.
             explain_prefix: fill `CaptionResult.prefix_words`.
+            explain: fill `CaptionResult.evidence`, for which each image is captioned once more per neighbour.
+            abstention: fill `CaptionResult.confidence`, as this calibration has it.
             settings: fields of `GenerationConfig` by name, in place of those of `generation`.
 
         Raises:
             InputError: an index that is missing or was built with another CLIP model, embeddings of another width or
-                another CLIP model, a prompt that does not fit, words for a model that cannot read them, or an unknown
-                setting.
+                another CLIP model, a prompt that does not fit, words for a model that cannot read them, a calibration
+                of another model or way of writing, or an unknown setting.
         """
         given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
-        return list(self.stream(*given, **settings))
+        return list(self.stream(*given, explain=explain, abstention=abstention, **settings))
 
     def stream(
         self,
@@ -136,30 +126,45 @@ class Captioner:
         workers: int = 0,
         texts: Sequence[str] | None = None,
         explain_prefix: bool = False,
+        explain: bool = False,
+        abstention: Abstention | None = None,
         **settings: Any,
     ) -> Iterator[CaptionResult]:
         """Like `caption`, but yields each result as soon as its batch is done."""
         generation = (generation or GenerationConfig()).replaced(**settings)
         retriever, k = self.retriever(index, num_neighbors)
+        if abstention is not None:
+            abstention.check(self.checkpoint, generation, k)
         names, batches = self._inputs(images, embeddings, texts, batch_size, workers)
         ranker, start = Ranker(self.encoder), 0
         for batch in batches:
             good = [place for place, error in enumerate(batch.errors) if error is None]
             kept = Embeddings(batch.embeddings.vectors[good], batch.embeddings.norms[good])
             neighbors = retriever.search(kept.vectors, k)
-            ranked = iter(self.write(kept, neighbors, [batch.digests[place] for place in good], generation, ranker))
-            listed = iter(neighbors.listed())
-            explained = iter(self._explained(kept, neighbors) if explain_prefix else [None] * len(good))
+            digests = [batch.digests[place] for place in good]
+            ranked = self.write(kept, neighbors, digests, generation, ranker)
+            listed = neighbors.listed()
+            words = self.prefix_words(kept, neighbors) if explain_prefix else [None] * len(good)
+            rows = iter(range(len(good)))
             for place, error in enumerate(batch.errors):
-                name = names[start + place]
+                name, row = names[start + place], None if error else next(rows)
+                if error is None and not (ranked[row] and ranked[row][0].caption):
+                    error = f"{name}: the model wrote no words; try --decoding beam"
                 if error is not None:
                     yield CaptionResult(name, None, error=error)
                     continue
-                candidates, around, words = next(ranked), next(listed), next(explained)
-                if candidates and candidates[0].caption:
-                    yield CaptionResult(name, candidates[0].caption, candidates, around, prefix_words=words)
-                else:
-                    yield CaptionResult(name, None, error=f"{name}: the model wrote no words; try --decoding beam")
+                one, best = slice(row, row + 1), ranked[row][0]
+                inputs = kept.part(one), neighbors.part(one)
+                scores = neighbors.scores[row][neighbors.mask[row]]
+                yield CaptionResult(
+                    name,
+                    best.caption,
+                    ranked[row],
+                    listed[row],
+                    prefix_words=words[row],
+                    evidence=self.explain(*inputs, digests[row], best, generation, ranker) if explain else None,
+                    confidence=abstention and abstention.confidence(kept.vectors[row], ranked[row], scores),
+                )
             start += len(batch.errors)
 
     def _inputs(
@@ -178,55 +183,6 @@ class Captioner:
             return stored.names, stored.batches(batch_size)
         texts = checked_texts(texts)
         return texts, text_batches(self.encoder, texts, batch_size)
-
-    def write(
-        self,
-        images: Embeddings,
-        neighbors: Neighbors,
-        digests: Sequence[bytes],
-        generation: GenerationConfig,
-        ranker: Ranker | None = None,
-    ) -> list[list[Candidate]]:
-        """Candidates, best first, for image embeddings and the neighbours they are to be written with.
-
-        Args:
-            images: B image embeddings.
-            neighbors: K neighbours of each; K may be 0.
-            digests: per image, the bytes that with the seed determine its samples.
-            ranker: the one of earlier calls, which knows the texts that it has seen.
-        """
-        if not len(images.vectors):
-            return []
-        written = []
-        limit = 64  # images whose prefix is made at once
-        for start in range(0, len(images.vectors), limit):
-            part = slice(start, start + limit)
-            prefix = self._prefix(images, neighbors, part)
-            written += write_captions(
-                self.model,
-                self.checkpoint.tokenizer,
-                prefix,
-                generation,
-                list(digests[part]),
-                self.checkpoint.stop_token,
-                **words_for(self.checkpoint, neighbors.part(part), generation, self.encoder.logit_scale),
-            )
-        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
-
-    @torch.inference_mode()
-    def _prefix(self, images: Embeddings, neighbors: Neighbors, part: slice) -> torch.Tensor:
-        vectors = images.vectors if self.checkpoint.config.normalize else images.raw
-        inputs = [vectors[part]]
-        if neighbors.rows.shape[1] and self.model.mapper.uses_neighbors:
-            inputs += [neighbors.embeddings[part], neighbors.scores[part]]
-        tensors = [torch.from_numpy(array).to(self.device, self.dtype) for array in inputs]
-        if len(tensors) > 1:
-            tensors.append(torch.from_numpy(neighbors.mask[part]).to(self.device))
-        return self.model.prefix(*tensors)
-
-    def _explained(self, images: Embeddings, neighbors: Neighbors) -> list[list[list[PrefixWord]]]:
-        prefix = self._prefix(images, neighbors, slice(None))
-        return prefix_words(self.model, self.checkpoint.tokenizer, prefix)
 
     @cached_property
     def _indexes(self) -> OpenIndexes:

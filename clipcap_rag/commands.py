@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from clipcap_rag import (
+    calibrate_commands,
     caption_commands,
     convert_commands,
     feature_commands,
@@ -176,6 +177,7 @@ COMMANDS = {
     "sweep": Command(training_commands.sweep_flags, training_commands.sweep),
     "caption": Command(caption_commands.caption_flags, caption_commands.caption),
     "tag": Command(tag_commands.tag_flags, tag_commands.tag),
+    "calibrate": Command(calibrate_commands.calibrate_flags, calibrate_commands.calibrate),
     "evaluate": Command(_evaluate_flags, evaluate),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),

@@ -48,6 +48,10 @@ class Embeddings:
         """[N, D] float32 as the tower gave them; ClipCap's published MLP weights want these."""
         return self.vectors * self.norms[:, None]
 
+    def part(self, rows: slice) -> "Embeddings":
+        """Those of some of the inputs."""
+        return Embeddings(self.vectors[rows], self.norms[rows])
+
 
 @dataclass(frozen=True)
 class EncodedImages:

@@ -52,6 +52,16 @@ def caption_metrics(references: Sequence[Sequence[str]], captions: Sequence[str]
     return {"CIDEr": float(cider)} | {f"BLEU-{order + 1}": float(value) for order, value in enumerate(bleu)}
 
 
+def cider_scores(references: Sequence[Sequence[str]], captions: Sequence[str]) -> np.ndarray:
+    """CIDEr-D of each caption [N] as raw fractions, n-grams weighted by all the references; as `caption_metrics`."""
+    require_metrics()
+    from pycocoevalcap.cider.cider import Cider
+
+    truth = {row: [tokenize(text) for text in texts] for row, texts in enumerate(references)}
+    _, scores = Cider().compute_score(truth, {row: [tokenize(caption)] for row, caption in enumerate(captions)})
+    return np.asarray(scores)
+
+
 def recall_at(images: np.ndarray, texts: np.ndarray, owner: Sequence[int], ranks: Sequence[int]) -> dict[str, float]:
     """Share of images with at least one own caption among the k nearest of all captions, for each k.
 

@@ -16,8 +16,9 @@ class Candidate:
 
     Attributes:
         clip_similarity: its cosine with the image.
-        log_probability: in nats, over its `tokens` tokens; words of a prompt do not count.
+        log_probability: in nats, over `tokens`.
         score: what it is ranked by, larger is better.
+        tokens: what was written, with the end token; those of a prompt are not among them.
         embedding: [D] float32, its CLIP text embedding of unit length.
     """
 
@@ -25,13 +26,13 @@ class Candidate:
     clip_similarity: float
     log_probability: float
     score: float
-    tokens: int
+    tokens: tuple[int, ...]
     embedding: np.ndarray = field(compare=False, repr=False)
 
     @property
     def mean_log_probability(self) -> float:
         """Nats per token, the end token included."""
-        return self.log_probability / self.tokens
+        return self.log_probability / len(self.tokens)
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("caption", "clip_similarity", "log_probability", "score")}
@@ -86,7 +87,7 @@ def by_likelihood(written: Sequence[Written], embeddings: np.ndarray, image: np.
             float(similarity),
             found.log_probability,
             found.log_probability / len(found.tokens),
-            len(found.tokens),
+            found.tokens,
             embedding,
         )
         for found, similarity, embedding in zip(written, embeddings @ image, embeddings, strict=True)

@@ -1,7 +1,9 @@
 """Neighbour captions for image embeddings: over-fetch, exclude, drop duplicate strings, merge several indexes."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,14 @@ class Neighbors:
         """The neighbours of some of the images."""
         arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
         return Neighbors(*arrays, self.captions[images], self.indexes)
+
+    def versions(self, kept: np.ndarray) -> "Neighbors":
+        """Those of one image in S versions, each with the ones that `kept` [S, K] says."""
+        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
+        arrays = {name: np.repeat(getattr(self, name), len(kept), axis=0) for name in names}
+        arrays["rows"] = np.where(kept, arrays["rows"], -1)
+        captions = [list(compress(self.captions[0], version)) for version in kept]
+        return dataclasses.replace(self, **arrays, captions=captions)
 
     def listed(self) -> list[list[Neighbor]]:
         """The neighbours of each image one by one, best first, for people and for JSON."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.caption_index import CaptionIndex
 
-_WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _SAMPLE = 20_000  # captions of an index whose words are counted
 
 
@@ -58,7 +58,7 @@ class WordBonus:
 
 def words_of(caption: str) -> dict[str, str]:
     """The words of a caption, case folded, and how each is written; a capital at the start does not count."""
-    words = _WORD.findall(caption)
+    words = WORD.findall(caption)
     written = {word.casefold(): word for word in words[1:]}
     return {words[0].casefold(): words[0].lower()} | written if words else {}
 

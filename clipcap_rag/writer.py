@@ -1,0 +1,116 @@
+"""From embeddings and neighbours to ranked captions, and to what these rest on."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipcap_rag.checkpoint import Checkpoint
+from clipcap_rag.config import GenerationConfig
+from clipcap_rag.encoder import Embeddings, Encoder, check_encoder
+from clipcap_rag.evidence import LEFT_OUT, Evidence, forced_log_probabilities, versions, weigh
+from clipcap_rag.generation import write_captions
+from clipcap_rag.hardware import pick_device, pick_dtype
+from clipcap_rag.prefix_words import PrefixWord, prefix_words
+from clipcap_rag.prompt import prompt_tokens
+from clipcap_rag.ranker import Ranker
+from clipcap_rag.rerank import Candidate
+from clipcap_rag.retrieved_text import words_for
+from clipcap_rag.retriever import Neighbors
+
+
+class Writer:
+    """A checkpoint on a device, and the CLIP model that ranks what it writes."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, dtype: str, base: Path | None):
+        """base: the folder that relative paths in the checkpoint refer to."""
+        self.checkpoint, self.device = checkpoint, pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.model = checkpoint.model.to(self.device, self.dtype).eval()
+        self._device_name, self._dtype_name, self._base = device, dtype, base
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The CLIP model that the checkpoint was trained with, loaded when first needed and checked by its probes."""
+        record = self.checkpoint.encoder
+        encoder = Encoder.load(record["clip"], self._device_name, self._dtype_name, self._base)
+        check_encoder(record, encoder, "the model")
+        return encoder
+
+    def write(
+        self,
+        images: Embeddings,
+        neighbors: Neighbors,
+        digests: Sequence[bytes],
+        generation: GenerationConfig,
+        ranker: Ranker | None = None,
+    ) -> list[list[Candidate]]:
+        """Candidates, best first, for image embeddings and the neighbours they are to be written with.
+
+        Args:
+            images: B image embeddings.
+            neighbors: K neighbours of each; K may be 0.
+            digests: per image, the bytes that with the seed determine its samples.
+            ranker: the one of earlier calls, which knows the texts that it has seen.
+        """
+        if not len(images.vectors):
+            return []
+        written = []
+        limit = 64  # images whose prefix is made at once
+        for start in range(0, len(images.vectors), limit):
+            part = slice(start, start + limit)
+            around = neighbors.part(part)
+            written += write_captions(
+                self.model,
+                self.checkpoint.tokenizer,
+                self._prefix(images.part(part), around),
+                generation,
+                list(digests[part]),
+                self.checkpoint.stop_token,
+                **self._words(around, generation),
+            )
+        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
+
+    def _tensors(self, images: Embeddings, neighbors: Neighbors) -> list[torch.Tensor]:
+        """What the model's `prefix` and `forward` take of images and neighbours."""
+        inputs = [images.vectors if self.checkpoint.config.normalize else images.raw]
+        if neighbors.rows.shape[1] and self.model.mapper.uses_neighbors:
+            inputs += [neighbors.embeddings, neighbors.scores]
+        tensors = [torch.from_numpy(array).to(self.device, self.dtype) for array in inputs]
+        if len(tensors) > 1:
+            tensors.append(torch.from_numpy(neighbors.mask).to(self.device))
+        return tensors
+
+    @torch.inference_mode()
+    def _prefix(self, images: Embeddings, neighbors: Neighbors) -> torch.Tensor:
+        return self.model.prefix(*self._tensors(images, neighbors))
+
+    def _words(self, neighbors: Neighbors, generation: GenerationConfig) -> dict[str, Any]:
+        return words_for(self.checkpoint, neighbors, generation, self.encoder.logit_scale)
+
+    def prefix_words(self, images: Embeddings, neighbors: Neighbors) -> list[list[list[PrefixWord]]]:
+        """Per image and prefix vector the nearest words."""
+        return prefix_words(self.model, self.checkpoint.tokenizer, self._prefix(images, neighbors))
+
+    def explain(
+        self,
+        image: Embeddings,
+        neighbors: Neighbors,
+        digest: bytes,
+        caption: Candidate,
+        generation: GenerationConfig,
+        ranker: Ranker | None = None,
+    ) -> Evidence:
+        """What the caption of one image rests on; arguments as those of `write`, for this image alone."""
+        tokenizer, (listed,) = self.checkpoint.tokenizer, neighbors.listed()
+        prompt = prompt_tokens(tokenizer, generation.prompt)
+        images, around = versions(image, neighbors)
+        inputs, said = self._tensors(images, around), self._words(around, generation)
+        scores = forced_log_probabilities(self.model, prompt, caption.tokens, inputs, **said)
+        without = []
+        if listed:
+            images, around = images.part(LEFT_OUT), around.part(LEFT_OUT)
+            without = self.write(images, around, [digest] * len(around.rows), generation, ranker)
+        return weigh(tokenizer, prompt, caption.tokens, scores, listed, without)
