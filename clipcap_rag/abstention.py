@@ -16,6 +16,7 @@ from clipcap_rag.rerank import Candidate
 
 KIND, VERSION, MANIFEST = "calibration", 1, "abstention.json"
 _RIDGE, _STEPS = 1.0, 50  # of the regression: weight of the squared coefficients, most Newton steps
+_SPREAD = 1e-3  # least standard deviation of cosines; what differs less is equal
 
 
 def signals(
@@ -39,7 +40,7 @@ def signals(
     found = {"agreement": float(np.mean(others)) if others else 1.0}
     if len(scores):
         found["nearest"] = float(scores.max())
-    spread = max(float(usual.std()), 1e-6)
+    spread = max(float(usual.std()), _SPREAD)
     return found | {
         "similarity": (best.clip_similarity - float(usual.mean())) / spread,
         "log_probability": best.mean_log_probability,
@@ -105,7 +106,7 @@ class Abstention:
 
     Attributes:
         names: the signals that `logistic` reads, in its order.
-        background: [M, D] captions written for the photos that it was calibrated on.
+        background: [M, D] captions written for the photos that it was calibrated on, float16 values.
         level: below it a caption is marked as not sure.
         made_for: what `circumstances` gave when it was made.
         measured: how good it is, for people.

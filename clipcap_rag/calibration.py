@@ -34,8 +34,9 @@ class _Captioned:
     cider: np.ndarray
 
     def background(self, rows: np.ndarray) -> np.ndarray:
-        """[M, D] captions of some of them."""
-        return np.stack([self.candidates[row][0].embedding for row in rows[:_BACKGROUND]])
+        """[M, D] captions of some of them, rounded as they are stored."""
+        chosen = np.stack([self.candidates[row][0].embedding for row in rows[:_BACKGROUND]])
+        return chosen.astype(np.float16).astype(np.float32)
 
     def signals(self, rows: np.ndarray, background: np.ndarray) -> dict[str, np.ndarray]:
         """The signals of some of them, each [len(rows)]; a signal that some lack is left out."""

@@ -93,7 +93,7 @@ def folder(abstention, tmp_path):
 
 def test_what_is_written_is_read(abstention, folder):
     opened = Abstention.open(folder)
-    given = np.array([0.5, 0.5, 0.5, 0.5], np.float32), [candidate([0.6, 0.8, 0, 0])], np.array([0.7])
+    given = np.array([0.8, 0.6, 0, 0], np.float32), [candidate([0.6, 0.8, 0, 0])], np.array([0.7])
     assert opened.confidence(*given) == abstention.confidence(*given)
     assert (opened.level, opened.measured) == (0.4, {"photos": 200})
     sure = opened.confidence(*given).sure

@@ -108,3 +108,24 @@ def test_the_prefix_as_words(caption, photos):
     out, _, _ = caption(photos[0], "--explain-prefix")
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [["prefix", str(number)] for number in range(3)]
     assert f"{words[0][0]['word']!r} {words[0][0]['similarity']:.2f}" in out
+
+
+def test_what_a_caption_rests_on(caption, photos):
+    out, _, _ = caption(photos[0], "--explain", "--json")
+    result = json.loads(out)
+    evidence = result["evidence"]
+    assert [neighbor["caption"] for neighbor in evidence["neighbors"]] == [
+        neighbor["caption"] for neighbor in result["neighbors"]
+    ]
+    assert set(evidence["neighbors"][0]["left_out"]) == set(evidence["all_left_out"]) == {"change", "caption"}
+    assert {"word", "both", "image", "neighbors", "neither", "supported_by", "from_image", "from_neighbors",
+            "in_neighbors"} == set(evidence["words"][0])  # fmt: skip
+    lines = caption(photos[0], "--explain")[0].splitlines()
+    assert lines[0] == f"{photos[0]}: {result['caption']}"
+    assert [line.split()[0] for line in lines[1:]] == (
+        ["neighbour", "without"] * 3 + ["without"] + ["word"] * len(evidence["words"])
+    )
+    assert f"{evidence['words'][0]['from_image']:+.1f}" in lines[8]
+    lines = caption(photos[0], "--explain", "--no-retrieval")[0].splitlines()
+    assert {line.split()[0] for line in lines[1:]} == {"word"}
+    assert "evidence" not in caption(photos[0], "--json")[0]

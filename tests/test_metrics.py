@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipcap_rag.metrics import caption_metrics, recall_at, tokenize
+from clipcap_rag.metrics import caption_metrics, cider_scores, recall_at, tokenize
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,9 @@ def test_perfect_and_unrelated_captions():
     wrong = caption_metrics(references, [references[(row + 1) % 3][0] for row in range(3)])
     assert perfect["CIDEr"] > 1.0 > wrong["CIDEr"]
     assert perfect["CIDEr"] > 10 * wrong["CIDEr"]
+    captions = [references[0][0], references[2][0], references[2][1]]
+    each = cider_scores(references, captions)
+    assert each.mean() == pytest.approx(caption_metrics(references, captions)["CIDEr"]) and each[0] > each[1]
 
 
 def test_recall_counts_the_best_own_caption():
