@@ -119,3 +119,16 @@ def test_stored_neighbors_are_kept_and_follow_the_index(world):
     kept.write_bytes(b"rubbish")
     assert np.array_equal(stored_neighbors(features, index, 4), rows)
     assert np.array_equal(np.load(kept), rows)
+
+
+def test_versions_of_one_image_keep_some_of_its_neighbors():
+    index = FakeIndex(WORDS, ["p"] * 7, unit(7, 1))
+    (whole,) = (Retriever([index]).search(unit(1, 2), 9),)  # two captions are repeated, so four are absent
+    kept = np.array([[True] * 9, [False] * 9, [True, False, True, False, True] + [True] * 4])
+    versions = whole.versions(kept)
+    first, none, some = versions.captions
+    assert first == whole.captions[0] and none == [] and some == whole.captions[0][::2]
+    assert versions.mask.tolist() == (whole.mask & kept).tolist()
+    assert [neighbor.caption for neighbor in versions.listed()[0]] == first
+    for name in ("scores", "sources", "embeddings"):
+        assert (getattr(versions, name) == getattr(whole, name)).all()
