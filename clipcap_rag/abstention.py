@@ -24,8 +24,8 @@ def signals(
 ) -> dict[str, float]:
     """What tells a good caption from a bad one without reference captions; larger speaks for the caption.
 
-    `agreement` is the mean cosine of the best candidate with the others, 1 where there are none. `nearest` is the
-    cosine of the best neighbour, so a photo far from the index has a small one; it is left out without neighbours.
+    `agreement` is the mean cosine of the best candidate with the others, 1 where there are none. `nearness` is the
+    mean cosine of the neighbours, small for a photo far from the index; it is left out without neighbours.
     `similarity` is the cosine of image and caption, standardised by those of the image with captions of other images,
     since some images lie near every text (after MA-PaPSP, arXiv 2601.22570). `log_probability` is the mean per token.
 
@@ -39,7 +39,7 @@ def signals(
     others = [float(best.embedding @ other.embedding) for other in candidates[1:]]
     found = {"agreement": float(np.mean(others)) if others else 1.0}
     if len(scores):
-        found["nearest"] = float(scores.max())
+        found["nearness"] = float(scores.mean())
     spread = max(float(usual.std()), _SPREAD)
     return found | {
         "similarity": (best.clip_similarity - float(usual.mean())) / spread,

@@ -1,5 +1,6 @@
 """From embeddings and neighbours to ranked captions, and to what these rest on."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from clipcap_rag.encoder import Embeddings, Encoder, check_encoder
 from clipcap_rag.evidence import LEFT_OUT, Evidence, forced_log_probabilities, versions, weigh
 from clipcap_rag.generation import write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
+from clipcap_rag.model import CaptionModel
 from clipcap_rag.prefix_words import PrefixWord, prefix_words
 from clipcap_rag.prompt import prompt_tokens
 from clipcap_rag.ranker import Ranker
@@ -73,22 +75,27 @@ class Writer:
             )
         return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
 
-    def _tensors(self, images: Embeddings, neighbors: Neighbors) -> list[torch.Tensor]:
+    def _tensors(self, images: Embeddings, neighbors: Neighbors, dtype: torch.dtype) -> list[torch.Tensor]:
         """What the model's `prefix` and `forward` take of images and neighbours."""
         inputs = [images.vectors if self.checkpoint.config.normalize else images.raw]
         if neighbors.rows.shape[1] and self.model.mapper.uses_neighbors:
             inputs += [neighbors.embeddings, neighbors.scores]
-        tensors = [torch.from_numpy(array).to(self.device, self.dtype) for array in inputs]
+        tensors = [torch.from_numpy(array).to(self.device, dtype) for array in inputs]
         if len(tensors) > 1:
             tensors.append(torch.from_numpy(neighbors.mask).to(self.device))
         return tensors
 
     @torch.inference_mode()
     def _prefix(self, images: Embeddings, neighbors: Neighbors) -> torch.Tensor:
-        return self.model.prefix(*self._tensors(images, neighbors))
+        return self.model.prefix(*self._tensors(images, neighbors, self.dtype))
 
     def _words(self, neighbors: Neighbors, generation: GenerationConfig) -> dict[str, Any]:
         return words_for(self.checkpoint, neighbors, generation, self.encoder.logit_scale)
+
+    @cached_property
+    def _exact(self) -> CaptionModel:
+        """The model in float32: leaving out one of eight neighbours changes as little as bfloat16 rounds away."""
+        return self.model if self.dtype is torch.float32 else copy.deepcopy(self.model).float()
 
     def prefix_words(self, images: Embeddings, neighbors: Neighbors) -> list[list[list[PrefixWord]]]:
         """Per image and prefix vector the nearest words."""
@@ -107,8 +114,8 @@ class Writer:
         tokenizer, (listed,) = self.checkpoint.tokenizer, neighbors.listed()
         prompt = prompt_tokens(tokenizer, generation.prompt)
         images, around = versions(image, neighbors)
-        inputs, said = self._tensors(images, around), self._words(around, generation)
-        scores = forced_log_probabilities(self.model, prompt, caption.tokens, inputs, **said)
+        inputs, said = self._tensors(images, around, torch.float32), self._words(around, generation)
+        scores = forced_log_probabilities(self._exact, prompt, caption.tokens, inputs, **said)
         without = []
         if listed:
             images, around = images.part(LEFT_OUT), around.part(LEFT_OUT)

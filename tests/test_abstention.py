@@ -30,10 +30,10 @@ def test_signals_by_hand():
     found = signals(image, candidates, np.array([0.3, 0.5], np.float32), background)
     spread = np.std([0, 0.2, 0.4])
     assert found == pytest.approx(
-        {"agreement": 0.96 / 2, "nearest": 0.5, "similarity": (0.6 - 0.2) / spread, "log_probability": -2}, rel=1e-5
+        {"agreement": 0.96 / 2, "nearness": 0.4, "similarity": (0.6 - 0.2) / spread, "log_probability": -2}, rel=1e-5
     )
     alone = signals(image, candidates[:1], np.empty(0), background)
-    assert alone["agreement"] == 1.0 and "nearest" not in alone
+    assert alone["agreement"] == 1.0 and "nearness" not in alone
 
 
 def synthetic(count, seed):
@@ -103,7 +103,7 @@ def test_what_is_written_is_read(abstention, folder):
 
 
 def test_a_signal_that_is_missing_is_told(abstention):
-    reads_index = dataclasses.replace(abstention, names=("agreement", "nearest", "similarity"))
+    reads_index = dataclasses.replace(abstention, names=("agreement", "nearness", "similarity"))
     with pytest.raises(InputError, match="no neighbour"):
         reads_index.confidence(np.ones(D, np.float32), [candidate([1, 0, 0, 0])], np.empty(0))
 

@@ -31,7 +31,7 @@ def test_the_folder_holds_the_fit_the_curve_and_a_picture(calibrated):
     assert Image.open(out / "risk_coverage.png").size[0] > 500
     stored = json.loads((out / "abstention.json").read_text())
     assert stored["measured"] == measured and stored["level"] == measured["level"]
-    assert list(stored["signals"]) == ["agreement", "nearest", "similarity", "log_probability"]
+    assert list(stored["signals"]) == ["agreement", "nearness", "similarity", "log_probability"]
     assert set(measured["AURC"]) == {"calibrated", *stored["signals"], "oracle", "chance"}
     assert (measured["photos"], measured["AURC"]["chance"]) == (8, 0.5)
     kept = [row for row in measured["curve"] if row["level"] >= measured["level"]]

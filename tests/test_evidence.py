@@ -82,6 +82,18 @@ def test_a_neighbor_left_out_is_a_neighbor_not_given(captioner, world, photo, te
     assert any(abs(found.change) > 1e-3 for found in evidence.left_out)
 
 
+def test_changes_are_not_rounded_to_bfloat16(captioner, world, photo):
+    settings = dataclasses.replace(FEW, decoding="greedy")
+    images = captioner.encoder.encode_image([photo]).embeddings
+    neighbors = captioner.retriever("default")[0].search(images.vectors, K)
+    ((caption,),) = captioner.write(images, neighbors, [b""], settings)
+    exact = captioner.explain(images, neighbors, b"", caption, settings).left_out
+    half = Captioner.from_pretrained(world.run, device="cpu", dtype="bfloat16")
+    rounded = half.explain(images, neighbors, b"", caption, settings).left_out
+    assert half.dtype is torch.bfloat16 and rounded != exact
+    assert [left.change for left in rounded] == pytest.approx([left.change for left in exact], abs=2e-4)
+
+
 def test_the_words_make_up_the_caption(captioner, photo):
     (result,) = captioner.caption(photo, generation=FEW, explain=True, prompt="two small")
     words = result.evidence.words
@@ -105,7 +117,7 @@ def test_forced_words_are_as_likely_as_written_ones(captioner, photo, retrieved_
         captioner.model,
         [],
         result.candidates[0].tokens,
-        captioner._tensors(images, around),
+        captioner._tensors(images, around, torch.float32),
         **captioner._words(around, settings),
     )
     first = float(scores[0].sum()) - result.candidates[0].log_probability
