@@ -42,6 +42,7 @@ MINIMAL = {
     "train": ["--features", "f", "--language-model", "g", "--out", "o"],
     "sweep": ["seed=0,1", "--features", "f", "--validation-features", "v", "--language-model", "g", "--out", "o"],
     "caption": ["photo.jpg", "--model", "m"],
+    "calibrate": ["--model", "m", "--features", "f", "--out", "o"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
     "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
     "convert pickle": ["f", "--out", "o.pkl"],
