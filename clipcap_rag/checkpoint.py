@@ -126,7 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     manifest = read_manifest(folder, MANIFEST, KIND, VERSION)
     config = ModelConfig.from_json(manifest["model"])
     source = manifest["language_model"]
-    if config.language_model_tuning == "full":
+    if config.tunes_language_model:
         language_model = language_model_from_config(source["config"])
     else:
         beside = folder / source["name"]  # a pushed checkpoint brings the language model along

@@ -58,7 +58,12 @@ class ModelConfig(Config):
     mapper_layers: int = option(8, "transformer layers of the mapper")
     mapper_heads: int = option(8, "attention heads of the mapper")
     mapper_dropout: float = option(0.0, "dropout probability inside the mapper")
-    language_model_tuning: str = option("full", "what of the language model learns", ("frozen", "lora", "full"))
+    language_model_tuning: str = option(
+        "full",
+        "what of the language model learns; layers is all but its token embeddings, so that words which no training "
+        "caption has stay sayable",
+        ("frozen", "lora", "layers", "full"),
+    )
     lora_rank: int = option(8, "rank of the LoRA matrices")
     normalize: bool = option(True, "give the mapper unit-length image embeddings instead of raw ones")
     clip_dim: int = option(0, "width of the CLIP embedding space (D)")
@@ -76,6 +81,11 @@ class ModelConfig(Config):
         )
         _require(0 <= self.mapper_dropout < 1, f"mapper_dropout is {self.mapper_dropout}; it must be in [0, 1)")
         _require(self.lora_rank >= 1, f"lora_rank is {self.lora_rank}; it must be at least 1")
+
+    @property
+    def tunes_language_model(self) -> bool:
+        """Whether the language model's own weights learn, and so belong to the checkpoint."""
+        return self.language_model_tuning in ("layers", "full")
 
 
 @dataclass(frozen=True)

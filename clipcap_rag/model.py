@@ -181,8 +181,10 @@ def build_mapper(config: ModelConfig) -> nn.Module:
 
 
 def tune(language_model: nn.Module, config: ModelConfig) -> nn.Module:
-    """Marks what of the language model learns: nothing, LoRA matrices beside it (arXiv 2106.09685), or all of it."""
-    language_model.requires_grad_(config.language_model_tuning == "full")
+    """Marks what of the language model learns: nothing, LoRA matrices beside it (arXiv 2106.09685), or its weights."""
+    language_model.requires_grad_(config.tunes_language_model)
+    if config.language_model_tuning == "layers":
+        language_model.get_input_embeddings().requires_grad_(False)
     if config.language_model_tuning != "lora":
         return language_model
     try:
@@ -204,8 +206,10 @@ def learned_parameters(model: nn.Module) -> int:
 
 
 def learned_state(model: CaptionModel) -> dict[str, Tensor]:
-    """The weights that a checkpoint must store: the mapper, and what of the language model was tuned."""
+    """The weights that a checkpoint must store: the mapper, and LoRA matrices or a tuned language model as a whole."""
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if any(name.startswith("language_model.") and "lora_" not in name for name in learned):
+        learned |= {name for name, _ in model.named_parameters()}
     return {
         name: tensor.detach()
         for name, tensor in model.state_dict().items()

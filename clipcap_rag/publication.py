@@ -11,6 +11,7 @@ from typing import Any
 from clipcap_rag import checkpoint, index_store
 from clipcap_rag.artifact import read_json, read_manifest, write_manifest
 from clipcap_rag.checkpoint import checkpoint_folder
+from clipcap_rag.config import ModelConfig
 from clipcap_rag.encoder import check_same_encoder, parse_clip
 from clipcap_rag.errors import InputError
 from clipcap_rag.hub import CARD, LANGUAGE_MODEL_FILES, PREFIX, artifact_name, is_data, is_name
@@ -187,7 +188,7 @@ def _pack_clip(clip: str, source: Path, folder: Path) -> str:
 def _pack_language_model(manifest: dict[str, Any], source: Path, folder: Path) -> str:
     """The same for a language model, which is only needed where its weights are not in the checkpoint."""
     name = manifest["language_model"]["name"]
-    if manifest["model"]["language_model_tuning"] == "full":
+    if ModelConfig.from_json(manifest["model"]).tunes_language_model:
         return Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name
     if _inside(name, source):
         return name

@@ -52,7 +52,7 @@ def test_every_field_is_documented_and_frozen(config):
         (ModelConfig, {"mapper_heads": 7, "lm_dim": 64}, "7 does not divide .* 64"),
         (ModelConfig, {"mapper_dropout": 1.0}, "mapper_dropout is 1.0"),
         (ModelConfig, {"lora_rank": 0}, "lora_rank is 0"),
-        (ModelConfig, {"language_model_tuning": "half"}, "frozen, lora, full"),
+        (ModelConfig, {"language_model_tuning": "half"}, "frozen, lora, layers, full"),
         (GenerationConfig, {"decoding": "best"}, "sample, beam, greedy, clipcap"),
         (GenerationConfig, {"candidates": 0}, "candidates is 0"),
         (GenerationConfig, {"top_p": 0.0}, "top_p is 0.0"),
