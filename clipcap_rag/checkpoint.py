@@ -26,6 +26,7 @@ from clipcap_rag.model import (
 from clipcap_rag.shipped import STARTER, starter_checkpoint
 
 KIND, VERSION, MANIFEST = "checkpoint", 1, "config.json"
+_WORDS = "words.txt"
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Checkpoint:
         num_neighbors: neighbours per image unless a call says otherwise.
         text_neighbors: how many neighbours' words it has learned to read; 0 if none.
         training: settings and scores of the training run.
+        words: those of its training captions, case folded; empty if they are not known.
         stop_token: text whose first token ends a caption and belongs to it, beside the end token; empty if none does.
     """
 
@@ -52,6 +54,7 @@ class Checkpoint:
     text_neighbors: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     stop_token: str = ""
+    words: frozenset[str] = frozenset()
 
     def write(self, folder: Path, dtype: torch.dtype = torch.float32, card: str | None = None) -> None:
         """Fills the directory `folder`; weights that were not tuned stay where they came from.
@@ -66,6 +69,8 @@ class Checkpoint:
         (folder / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read it
         self.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card or self._card(), encoding="utf-8")
+        if self.words:
+            (folder / _WORDS).write_text("".join(f"{word}\n" for word in sorted(self.words)), encoding="utf-8")
         config = self.model.language_model.config.to_dict()
         config.pop("_name_or_path", None)  # where it lay on this machine
         fields = {
@@ -145,7 +150,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         text_neighbors=manifest.get("text_neighbors", 0),
         training=manifest["training"],
         stop_token=manifest.get("stop_token", ""),
+        words=_read_words(folder / _WORDS),
     )
+
+
+def _read_words(file: Path) -> frozenset[str]:
+    try:
+        return frozenset(file.read_text(encoding="utf-8").splitlines()) if file.exists() else frozenset()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not a readable list of words ({error}); copy the checkpoint again") from error
 
 
 def load_weights(model: CaptionModel, file: Path) -> None:

@@ -113,8 +113,9 @@ class GenerationConfig(Config):
         ("auto", "off", "prompt", "bias"),
     )
     bias_strength: float = option(
-        0.5,
-        "with bias: nats for a word that all neighbours have and that is e times as frequent there as in the index",
+        1.0,
+        "with bias: 1 raises a word that no training caption had by as many nats as it is more frequent among the "
+        "neighbours than in the index, in logarithms; words that were trained on get less",
     )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 

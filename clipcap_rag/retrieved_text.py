@@ -36,7 +36,7 @@ def words_for(
         return {"context": context.to(device)}
     if mode == "bias":
         nats = [
-            word_nats(captions, scores[mask], neighbors.indexes, logit_scale)
+            word_nats(captions, scores[mask], neighbors.indexes, logit_scale, checkpoint.words)
             for captions, scores, mask in zip(neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
         ]
         return {"bonus": word_bonus(tokenizer, nats, generation.bias_strength).to(device)}

@@ -27,6 +27,7 @@ from clipcap_rag.progress import bar, say
 from clipcap_rag.retriever import stored_neighbors
 from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
 from clipcap_rag.validation import validate
+from clipcap_rag.word_bonus import words_of
 
 _SAVE_SECONDS = 300  # longest time whose work a kill can cost
 _PROGRESS = ("step", "history", "losses", "best", "stale")  # what a resumed run takes over beside the weights
@@ -153,6 +154,7 @@ class _Run:
                 "give more photos, another --validation-fraction or --validation-features"
             )
         self.batches = self._batches(features, kept)
+        self.words = frozenset(word for row in kept for text in features.captions[row] for word in words_of(text))
         self.validation = self._batches(judged, rows)
 
     def _batches(self, features: FeatureSet, rows: Any) -> CaptionBatches:
@@ -205,6 +207,7 @@ class _Run:
             else {"path": str(index.path.resolve()), "name": index.name, "revision": index.revision},
             num_neighbors=0 if index is None else self.config.max_neighbors,
             text_neighbors=self.config.text_neighbors,
+            words=self.words,
             training={
                 "features": self.features.name,
                 "settings": self.config.to_json(),
