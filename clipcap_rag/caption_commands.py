@@ -6,7 +6,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from clipcap_rag.config import GenerationConfig
+from clipcap_rag.config import GenerationConfig, RetrievalConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import INDEX_HELP, MODEL_HELP, add_compute, add_config, add_json, count, make_config, positive
 from clipcap_rag.output import print_json, status_of
@@ -24,12 +24,16 @@ def caption_flags(parser: ArgumentParser) -> None:
     text = f"{MODEL_HELP} (default: starter, the one that comes with the package)"
     parser.add_argument("--model", default=STARTER, metavar="MODEL", help=text)
     retrieval = parser.add_argument_group("retrieval")
-    text = f"index to use instead of the model's own, NAME:WEIGHT for a weight; may be repeated; {INDEX_HELP}"
+    text = (
+        "index to use instead of the model's own; may be repeated; NAME:WEIGHT orders its captions by weight x cosine, "
+        f"NAME:WEIGHT:MOST gives at most so many neighbours; {INDEX_HELP}"
+    )
     retrieval.add_argument("--index", action="append", help=text)
     retrieval.add_argument("--no-retrieval", action="store_true", help="caption without neighbours")
     text = "neighbour captions per photo; 0 is --no-retrieval (default: as the model was trained)"
     retrieval.add_argument("--num-neighbors", type=count, metavar="N", help=text)
     retrieval.add_argument("--index-device", default="auto", help="auto, cpu or gpu (default: auto)")
+    add_config(parser, RetrievalConfig, "what is retrieved")
     add_config(parser, GenerationConfig, "writing")
     output = parser.add_argument_group("output")
     add_json(output, "print one JSON object per photo as it is done, with all candidates")
@@ -105,6 +109,7 @@ def _results(given: Namespace, generation: GenerationConfig) -> Iterator[Any]:
         explain_prefix=given.explain_prefix,
         explain=given.explain,
         abstention=_abstention(given.abstain),
+        retrieval=make_config(RetrievalConfig, given),
     )
 
 
@@ -146,7 +151,8 @@ def _print_result(result: Any, captions: int, verbose: bool) -> None:
     if result.confidence:
         print(f"    sure {result.confidence.sure:6.3f}")
     for neighbor in result.neighbors:
-        print(f"    near {neighbor.score:6.3f}  {neighbor.caption}  [{neighbor.index} {neighbor.row}]")
+        by = " by photo" if neighbor.route == "image" else ""
+        print(f"    near {neighbor.score:6.3f}  {neighbor.caption}  [{neighbor.index} {neighbor.row}{by}]")
     for candidate in result.candidates:
         detail = f"CLIP {candidate.clip_similarity:.3f}, log-probability {candidate.log_probability:.1f}"
         print(f"    rank {candidate.score:6.3f}  {candidate.caption}  ({detail})")

@@ -1,6 +1,7 @@
 """`CaptionIndex`: opens an index, searches it exactly or through FAISS, gives captions and embeddings of rows."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from clipcap_rag.errors import InputError
-from clipcap_rag.flat_search import BLOCK, fetch_size, flat_search, widened
+from clipcap_rag.exact_search import ExactSearch, allowed_blocks
+from clipcap_rag.flat_search import fetch_size, flat_search
 from clipcap_rag.hub import artifact_name
+from clipcap_rag.image_route import ImageRoute
 from clipcap_rag.index_names import resolve_index
 from clipcap_rag.index_store import SEARCH, IndexFiles, Segment, open_files
 from clipcap_rag.shipped import mending
-from clipcap_rag.structure_reader import StructureReader, fits_gpu, gpu_number, gpu_resources
+from clipcap_rag.structure_reader import StructureReader, gpu_number
 
-_ROUNDING = 1e-5  # more than float32 sums of unit vectors differ by between kernels
-_GPU_LARGEST_K = 2048  # limit of FAISS on a GPU
-_QUERIES = 64  # queries whose candidates are gathered at a time
+_SMALL_SHARE = 1 / 8  # of the rows; where fewer may be found, looking at each is faster than at what a structure finds
 
 
 class CaptionIndex:
@@ -52,7 +53,8 @@ class CaptionIndex:
         self.revision: int = files.manifest["revision"]
         self.encoder: dict[str, Any] = files.manifest["encoder"]
         self._live_rows = np.flatnonzero(files.live) if not files.live.all() else None
-        self.__dict__.pop("_flat_on_gpu", None)
+        self._exact = ExactSearch(files, self._gpu)
+        self.__dict__.pop("_image_route", None)
 
     @classmethod
     def open(
@@ -127,7 +129,12 @@ class CaptionIndex:
         return rows[self.files.live[rows]]
 
     def search(
-        self, queries: np.ndarray, k: int, nprobe: int | None = None, ef_search: int | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        among: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k rows of largest inner product with each query.
 
@@ -138,14 +145,49 @@ class CaptionIndex:
             queries: [B, D] float32 of unit length.
             k: rows per query, 0 or more.
             nprobe, ef_search: for this search, as for `open`.
+            among: [N] bool, the rows that may be found; None is all. Where these are few, or a search structure finds
+                fewer than k of them, they are searched exactly.
 
         Returns:
-            scores [B, k] float32 descending and rows [B, k] int64; -inf and -1 where the index has fewer than k rows.
+            scores [B, k] float32 descending and rows [B, k] int64; -inf and -1 where there are fewer than k rows.
 
         Raises:
             InputError: the queries have another width or are not finite, a stored vector is not finite, or the index
                 has no use for nprobe or ef_search.
         """
+        queries = self._checked(queries, k)
+        effort = self._effort | self._effort_of(nprobe, ef_search)
+        allowed = self.files.live if among is None else self.files.live & among
+        found = min(k, int(allowed.sum()))
+        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        if found and len(queries):
+            scores[:, :found], rows[:, :found] = self._search(queries, found, effort, allowed)
+        return scores, rows
+
+    def search_images(
+        self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k rows whose photos have the largest cosine with each query, exact; rows without a photo are not found.
+
+        Captions of one photo have its score and are ordered by their own cosine with the query. Arguments and results
+        are those of `search`.
+
+        Raises:
+            InputError: as `search`, or the index holds no photos.
+        """
+        queries = self._checked(queries, k)
+        if self.files.images is None:
+            raise InputError(
+                f"the index {self.path} holds no image embeddings; give it some with index add-images, "
+                "or use --route text"
+            )
+        return self._image_route.search(queries, k, self.files.live if among is None else self.files.live & among)
+
+    @cached_property
+    def _image_route(self) -> ImageRoute:
+        return ImageRoute(self.files)
+
+    def _checked(self, queries: np.ndarray, k: int) -> np.ndarray:
         queries = np.ascontiguousarray(queries, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(
@@ -156,12 +198,7 @@ class CaptionIndex:
             raise InputError("queries hold infinite or undefined numbers; encode them again, in float32")
         if k < 0:
             raise InputError(f"k is {k}; it must be 0 or more")
-        effort = self._effort | self._effort_of(nprobe, ef_search)
-        found = min(k, len(self))
-        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-        if found and len(queries):
-            scores[:, :found], rows[:, :found] = self._search(queries, found, effort)
-        return scores, rows
+        return queries
 
     def _effort_of(self, nprobe: int | None, ef_search: int | None) -> dict[str, int]:
         """What was given of the two, checked."""
@@ -173,97 +210,29 @@ class CaptionIndex:
                 raise InputError(f"index {self.name} is not searched with {name}; leave it out")
         return given
 
-    def _search(self, queries: np.ndarray, k: int, effort: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-        """`search` for k that the index can satisfy."""
-        if not self._structures:
-            return self._search_exactly(queries, k)
-        scores, rows = self._rank(queries, self._structured(queries, fetch_size(k), effort), k)
-        short = rows[:, -1] < 0  # too few lists were probed, or too many of their rows are removed
+    def _search(
+        self, queries: np.ndarray, k: int, effort: dict[str, int], allowed: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for k that the allowed rows [N] bool can satisfy."""
+        share = int(allowed.sum()) / len(allowed)
+        if not self._structures or share < _SMALL_SHARE:
+            return self._exact.search(queries, k, allowed)
+        candidates = self._candidates(queries, math.ceil(fetch_size(k) / share), effort, allowed)
+        scores, rows = self._exact.rank(queries, candidates, k)
+        short = rows[:, -1] < 0  # too few lists were probed, or too few of their rows are allowed
         if short.any():
-            scores[short], rows[short] = self._search_exactly(queries[short], k)
+            scores[short], rows[short] = self._exact.search(queries[short], k, allowed)
         return scores, rows
 
-    def _search_exactly(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        fetch = min(fetch_size(k), len(self))
-        approximate, candidates = self._flat(queries, fetch)
-        scores, rows = self._rank(queries, candidates, k)
-        # a row as good as the last one kept may have been left out by rounding or by the order of equal scores
-        doubtful = (approximate[:, -1] >= scores[:, -1] - _ROUNDING) & (fetch < len(self))
-        if doubtful.any():
-            scores[doubtful], rows[doubtful] = self._scan(queries[doubtful], scores[doubtful, -1] - _ROUNDING, k)
-        return scores, rows
-
-    def _flat(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._gpu is not None and k <= _GPU_LARGEST_K and self._flat_on_gpu is not None:
-            scores, rows = self._flat_on_gpu.search(queries, k)
-            return scores, rows if self._live_rows is None else self._live_rows[rows]
-        return flat_search(self._live_blocks(), queries, k)
-
-    def _structured(self, queries: np.ndarray, k: int, effort: dict[str, int]) -> np.ndarray:
-        """Candidate rows of every segment, from its structure or exactly; -1 for removed rows and for none."""
+    def _candidates(self, queries: np.ndarray, k: int, effort: dict[str, int], allowed: np.ndarray) -> np.ndarray:
+        """Candidate rows of every segment, from its structure or exactly; -1 for rows not allowed and for none."""
         parts = []
         for number, segment in enumerate(self.files.segments):
             structure = self._structures.get(segment)
             if structure is None:
-                parts.append(flat_search(self._live_blocks([number]), queries, k)[1])
+                parts.append(flat_search(allowed_blocks(self.files, allowed, [number]), queries, k)[1])
             else:
                 rows = structure.search(queries, min(k, len(segment.vectors)), effort)
                 parts.append(np.where(rows >= 0, rows + self.files.starts[number], -1))
         rows = np.concatenate(parts, axis=1)
-        return np.where((rows >= 0) & self.files.live[rows], rows, -1)
-
-    def _rank(self, queries: np.ndarray, candidates: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the candidates [B, F], by their scores in float64 rounded to float32, then by row."""
-        scores = np.empty(candidates.shape, np.float32)
-        for start in range(0, len(queries), _QUERIES):
-            part = slice(start, start + _QUERIES)
-            embeddings = self.embeddings(candidates[part]).astype(np.float64)  # [B, F, D]
-            scores[part] = np.einsum("bfd,bd->bf", embeddings, queries[part].astype(np.float64))
-        scores[candidates < 0] = -np.inf
-        faulty = candidates[(candidates >= 0) & ~np.isfinite(scores)]
-        if len(faulty):
-            raise InputError(f"row {faulty[0]} of {self.path} holds no finite vector; build the index again")
-        order = np.lexsort((candidates, -scores))[:, :k]
-        scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
-        missing = max(0, k - rows.shape[1])
-        return (
-            np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf),
-            np.pad(rows, ((0, 0), (0, missing)), constant_values=-1),
-        )
-
-    def _scan(self, queries: np.ndarray, bounds: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exact search that looks at every row of at least a lower bound [B] of the k-th best score."""
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
-        for numbers, block in self._live_blocks():
-            close = queries @ widened(block).T >= bounds[:, None]  # [B, n]
-            for query in np.flatnonzero(close.any(axis=1)):
-                candidates = np.concatenate([rows[query], numbers[close[query]]])[None]
-                best = self._rank(queries[query : query + 1], candidates, k)
-                scores[query], rows[query] = best[0][0], best[1][0]
-                bounds[query] = max(bounds[query], scores[query, -1] - _ROUNDING)
-        return scores, rows
-
-    def _live_blocks(self, segments: Iterable[int] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (rows [n] ascending, embeddings [n, D] float16) of all or some segments, removed rows left out."""
-        for number in range(len(self.files.segments)) if segments is None else segments:
-            for start, block in self.files.segment_blocks(number, BLOCK):
-                live = self.files.live[start : start + len(block)]
-                if live.all():
-                    yield np.arange(start, start + len(block)), block
-                elif live.any():
-                    yield start + np.flatnonzero(live), block[live]
-
-    @cached_property
-    def _flat_on_gpu(self) -> Any:
-        """All live rows on the GPU in float32, or None where they do not fit."""
-        import faiss
-
-        if not fits_gpu(f"index {self.name}", 4 * len(self) * self.dim, self._gpu):
-            return None
-        settings = faiss.GpuIndexFlatConfig()
-        settings.device = self._gpu
-        flat = faiss.GpuIndexFlatIP(gpu_resources(), self.dim, settings)
-        for _, block in self._live_blocks():
-            flat.add(widened(block))
-        return flat
+        return np.where((rows >= 0) & allowed[rows], rows, -1)

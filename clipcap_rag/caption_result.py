@@ -8,9 +8,9 @@ import numpy as np
 
 from clipcap_rag.abstention import Confidence
 from clipcap_rag.evidence import Evidence
+from clipcap_rag.neighbors import Neighbor
 from clipcap_rag.prefix_words import PrefixWord
 from clipcap_rag.rerank import Candidate
-from clipcap_rag.retriever import Neighbor
 
 
 @dataclass(frozen=True)

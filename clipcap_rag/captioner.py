@@ -13,7 +13,7 @@ from clipcap_rag.caption_inputs import StoredEmbeddings, checked_texts, text_bat
 from clipcap_rag.caption_result import CaptionResult
 from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.clipcap_weights import clipcap_checkpoint
-from clipcap_rag.config import GenerationConfig
+from clipcap_rag.config import GenerationConfig, RetrievalConfig
 from clipcap_rag.encoder import Embeddings, EncodedImages
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import image_name
@@ -87,6 +87,7 @@ class Captioner(Writer):
         explain_prefix: bool = False,
         explain: bool = False,
         abstention: Abstention | None = None,
+        retrieval: RetrievalConfig | None = None,
         **settings: Any,
     ) -> list[CaptionResult]:
         """Captions images, one result each, in order.
@@ -96,7 +97,7 @@ class Captioner(Writer):
             embeddings: CLIP image embeddings [N, D] instead of images, as they come from the tower, or a
                 `StoredEmbeddings`, which names them.
             index: "default" for the one the model was trained with, None for no retrieval, a name or path, an open
-                `CaptionIndex`, or a list of these, where a string may end in ":WEIGHT".
+                `CaptionIndex`, or a list of these, where a string may end in ":WEIGHT" or ":WEIGHT:MOST".
             num_neighbors: neighbours in all (K); 0 turns retrieval off; None takes the checkpoint's number.
             generation: how captions are written and ranked.
             batch_size: images at a time.
@@ -105,6 +106,7 @@ class Captioner(Writer):
             explain_prefix: fill `CaptionResult.prefix_words`.
             explain: fill `CaptionResult.evidence`, for which each image is captioned once more per neighbour.
             abstention: fill `CaptionResult.confidence`, as this calibration has it.
+            retrieval: which captions of the indexes may be retrieved, and by which route.
             settings: fields of `GenerationConfig` by name, in place of those of `generation`.
 
         Raises:
@@ -113,7 +115,7 @@ class Captioner(Writer):
                 of another model or way of writing, or an unknown setting.
         """
         given = (images, embeddings, index, num_neighbors, generation, batch_size, workers, texts, explain_prefix)
-        return list(self.stream(*given, explain=explain, abstention=abstention, **settings))
+        return list(self.stream(*given, explain=explain, abstention=abstention, retrieval=retrieval, **settings))
 
     def stream(
         self,
@@ -128,11 +130,12 @@ class Captioner(Writer):
         explain_prefix: bool = False,
         explain: bool = False,
         abstention: Abstention | None = None,
+        retrieval: RetrievalConfig | None = None,
         **settings: Any,
     ) -> Iterator[CaptionResult]:
         """Like `caption`, but yields each result as soon as its batch is done."""
         generation = (generation or GenerationConfig()).replaced(**settings)
-        retriever, k = self.retriever(index, num_neighbors)
+        retriever, k = self.retriever(index, num_neighbors, retrieval)
         if abstention is not None:
             abstention.check(self.checkpoint, generation, k)
         names, batches = self._inputs(images, embeddings, texts, batch_size, workers)
@@ -188,9 +191,11 @@ class Captioner(Writer):
     def _indexes(self) -> OpenIndexes:
         return OpenIndexes(self.checkpoint, self._index_device, self._base)
 
-    def retriever(self, index: IndexChoice, num_neighbors: int | None = None) -> tuple[Retriever, int]:
-        """The retriever over the chosen indexes and the number of neighbours; both as `caption` takes them."""
-        return self._indexes.retriever(index, num_neighbors)
+    def retriever(
+        self, index: IndexChoice, num_neighbors: int | None = None, retrieval: RetrievalConfig | None = None
+    ) -> tuple[Retriever, int]:
+        """The retriever over the chosen indexes and the number of neighbours; all as `caption` takes them."""
+        return self._indexes.retriever(index, num_neighbors, retrieval)
 
 
 def _is_one(images: Any) -> bool:

@@ -18,7 +18,7 @@ from clipcap_rag import (
     tag_commands,
     training_commands,
 )
-from clipcap_rag.config import EvaluationConfig, GenerationConfig
+from clipcap_rag.config import EvaluationConfig, GenerationConfig, RetrievalConfig
 from clipcap_rag.flags import (
     CLIP_HELP,
     INDEX_HELP,
@@ -82,11 +82,12 @@ def _evaluate_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
     )
-    text = f"index to caption with; may be repeated (default: the model's own); {INDEX_HELP}"
+    text = f"index to caption with; each that is given is a condition (default: the model's own); {INDEX_HELP}"
     parser.add_argument("--index", action="append", help=text)
     text = "neighbour captions per photo (default: as the model was trained)"
     parser.add_argument("--num-neighbors", type=positive, metavar="N", help=text)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and the predictions")
+    add_config(parser, RetrievalConfig, "what is retrieved")
     add_config(parser, EvaluationConfig, "conditions")
     add_config(parser, GenerationConfig, "writing", omit=("decoding",))
     add_json(parser, "print the result as JSON instead of a table")
@@ -107,6 +108,7 @@ def evaluate(given: Namespace) -> int:
         num_neighbors=given.num_neighbors,
         generation=generation,
         config=config,
+        retrieval=make_config(RetrievalConfig, given),
         device=given.device,
         dtype=given.dtype,
     )
@@ -161,6 +163,7 @@ COMMANDS = {
     "index info": Command(index_commands.info_flags, index_commands.info),
     "index search": Command(index_commands.search_flags, index_commands.search),
     "index add": Command(index_edit_commands.add_flags, index_edit_commands.add),
+    "index add-images": Command(index_edit_commands.add_images_flags, index_edit_commands.add_images),
     "index remove": Command(index_edit_commands.remove_flags, index_edit_commands.remove),
     "index update": Command(index_edit_commands.update_flags, index_edit_commands.update),
     "index compact": Command(index_edit_commands.compact_flags, index_edit_commands.compact),

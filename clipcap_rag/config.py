@@ -27,7 +27,8 @@ class Config:
                 raise InputError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -233,6 +234,32 @@ class ImportConfig(Config):
         None, "sentence that the captions were encoded in, {} in their place; default: the prefix that clip-grams wrote"
     )
     reencode: bool = option(False, "encode the captions also where embeddings are stored")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(Config):
+    """Which captions of the indexes may be retrieved, and how they are looked for."""
+
+    route: str = option(
+        "text",
+        "nearest captions (text), captions of the nearest photos of an index that holds such (image), or both in turn",
+        ("text", "image", "both"),
+    )
+    where: tuple[str, ...] = option(
+        (),
+        "FIELD=VALUE: retrieve only captions whose source, meta.KEY, image_id, caption_id or caption is VALUE; may be "
+        "repeated: either value of one field, all of different fields",
+    )
+    deny: str = option(
+        "", "file of words, phrases and captions, one a line; what contains one, whole words in order, is not retrieved"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            not isinstance(self.where, str), f"where is {self.where!r}; give a list of conditions such as source=wiki"
+        )
+        object.__setattr__(self, "where", tuple(self.where))
 
 
 @dataclass(frozen=True)

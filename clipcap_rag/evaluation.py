@@ -13,15 +13,16 @@ import numpy as np
 from clipcap_rag.artifact import disk_errors, write_bytes, write_json
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.captioner import Captioner
-from clipcap_rag.config import EvaluationConfig, GenerationConfig
+from clipcap_rag.config import EvaluationConfig, GenerationConfig, RetrievalConfig
 from clipcap_rag.encoder import Embeddings, check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.metrics import caption_metrics, recall_at, require_metrics
+from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.progress import bar, say
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate, reweighted
-from clipcap_rag.retriever import Exclusion, Neighbors, Retriever
+from clipcap_rag.retriever import Exclusion, Retriever
 
 _PHOTOS = 64  # captioned between two updates of the progress bar
 SWEEP = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)  # log-probability weights tried
@@ -46,6 +47,7 @@ def evaluate(
     num_neighbors: int | None = None,
     generation: GenerationConfig | None = None,
     config: EvaluationConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def evaluate(
     """
     require_metrics()
     config, generation, out = config or EvaluationConfig(), generation or GenerationConfig(), Path(out)
+    retrieval = retrieval or RetrievalConfig()
     captioner, photos = Captioner.from_pretrained(model, device, dtype), FeatureSet.open(features)
     check_same_encoder(captioner.checkpoint.encoder, "the model", photos.encoder, f"the feature set {photos.path}")
     chosen = np.arange(len(photos))[: config.images or None]
@@ -70,7 +73,8 @@ def evaluate(
     norms = np.linalg.norm(raw, axis=1)
     images = Embeddings(raw / norms[:, None], norms)
     k = captioner.checkpoint.num_neighbors if num_neighbors is None else num_neighbors
-    conditions = _conditions(captioner, images, [photos.image_ids[row] for row in chosen], indexes, k, config)
+    image_ids = [photos.image_ids[row] for row in chosen]
+    conditions = _conditions(captioner, images, image_ids, indexes, k, config, retrieval)
     references = [photos.captions[row] for row in chosen]
     digests = [photos.digests[row] for row in chosen]
     with disk_errors(out):
@@ -102,6 +106,7 @@ def evaluate(
             "photos": len(chosen),
             "num_neighbors": k,
             "generation": generation.to_json(),
+            "retrieval": retrieval.to_json(),
             "excluded_rows": {condition.name: condition.excluded for condition in conditions},
             "recall": _recall(captioner, images, references),
             "rows": rows,
@@ -117,11 +122,12 @@ def _conditions(
     indexes: Sequence[str],
     k: int,
     config: EvaluationConfig,
+    retrieval: RetrievalConfig,
 ) -> list[_Condition]:
     conditions, opened = [], []
     exclusions = [Exclusion(image_id, frozenset()) for image_id in image_ids]
     for name in indexes:
-        retriever, _ = captioner.retriever(name, k or 1)
+        retriever, _ = captioner.retriever(name, k or 1, retrieval)
         index = retriever.indexes[0]
         found = retriever.search(images.vectors, k or 1, exclusions)
         own = len(index.rows_of_images(set(image_ids)))

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.encoder import Embeddings
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.neighbors import Neighbor, Neighbors
 from clipcap_rag.rerank import Candidate
-from clipcap_rag.retriever import Neighbor, Neighbors
 from clipcap_rag.word_bonus import WORD, WordBonus, words_of
 
 SUPPORT = math.log(2)  # nats; what supports a word makes it at least twice as likely

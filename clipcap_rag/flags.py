@@ -68,10 +68,13 @@ def add_config(parser: argparse.ArgumentParser, config: type, title: str, omit: 
         if field.name in omit:
             continue
         kind, text = _plain(kinds[field.name]), field.metadata["help"].replace("%", "%%")
-        shown = text if field.default in (None, "") else f"{text} (default: {_shown(field.default)})"
+        shown = text if field.default in (None, "", ()) else f"{text} (default: {_shown(field.default)})"
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": shown}
         if kind is bool:
             group.add_argument(flag_name(field.name), action=argparse.BooleanOptionalAction, **options)
+            continue
+        if kind is tuple:
+            group.add_argument(flag_name(field.name), action="append", metavar="TEXT", **options)
             continue
         choices = field.metadata.get("choices")
         metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
@@ -90,10 +93,10 @@ def make_config(config: type[Configuration], given: argparse.Namespace) -> Confi
 
 
 def _plain(kind: Any) -> type:
-    """`str | None` -> `str`."""
+    """`str | None` -> `str`, `tuple[str, ...]` -> `tuple`."""
     if isinstance(kind, types.UnionType):
         return next(part for part in typing.get_args(kind) if part is not types.NoneType)
-    return kind
+    return typing.get_origin(kind) or kind
 
 
 def _shown(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Whether a caption index still is what it says: whole files, unit vectors, and a CLIP model that gives them again."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def verify_index(
     """
     files = open_files(resolve_index(name_or_path))
     check_whole_files(files.path, files.manifest["files"], KIND)
-    _check_lengths(files)
+    _check_lengths(files.path, files.blocks(_BLOCK))
+    _check_images(files)
     _check_ids(files)
     live = np.flatnonzero(files.live)
     if any(segment.entry["search"] for segment in files.segments):
@@ -100,12 +102,21 @@ def _check_search(files: IndexFiles, rows: np.ndarray) -> None:
         )
 
 
-def _check_lengths(files: IndexFiles) -> None:
-    for start, block in files.blocks(_BLOCK):
+def _check_images(files: IndexFiles) -> None:
+    if files.images is None:
+        return
+    file, images = files.path / files.manifest["images"], files.images
+    _check_lengths(file, ((start, images.vectors[start : start + _BLOCK]) for start in range(0, len(images), _BLOCK)))
+    if len(pc.unique(images.ids)) < len(images):
+        raise InputError(f"{file} holds a photo twice; run index add-images again")
+
+
+def _check_lengths(path: Path, blocks: Iterable[tuple[int, np.ndarray]]) -> None:
+    for start, block in blocks:
         lengths = np.linalg.norm(block.astype(np.float32), axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) < _LENGTH_TOLERANCE))  # catches NaN too
         if len(wrong):
             raise InputError(
-                f"row {start + wrong[0]} of {files.path} has a vector of length {lengths[wrong[0]]:.3f} instead of 1; "
+                f"row {start + wrong[0]} of {path} has a vector of length {lengths[wrong[0]]:.3f} instead of 1; "
                 "build the index again"
             )

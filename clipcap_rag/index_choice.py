@@ -1,17 +1,46 @@
 """Which indexes a captioner retrieves from: its own, none, others by name or path, several with weights."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.checkpoint import Checkpoint
+from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.encoder import check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.progress import say
-from clipcap_rag.retriever import Retriever, index_choice
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.shipped import STARTER
 
 IndexChoice = str | Path | CaptionIndex | Sequence[str | Path | CaptionIndex] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An index to retrieve from.
+
+    Attributes:
+        index: name, path or open index.
+        weight: what its cosines are multiplied with where several indexes are put in order.
+        most: at most so many neighbours of a photo come from it; None is no limit.
+    """
+
+    index: str | Path | CaptionIndex
+    weight: float = 1.0
+    most: int | None = None
+
+    @classmethod
+    def of(cls, index: str | Path | CaptionIndex) -> "Choice":
+        """From `NAME`, `NAME:WEIGHT` or `NAME:WEIGHT:MOST`; what exists as a path is one, whatever its name."""
+        if isinstance(index, CaptionIndex) or Path(index).exists():
+            return cls(index)
+        name, weight, most = re.fullmatch(r"(.+?)(?::([\d.]+(?:e-?\d+)?)(?::(\d+))?)?", str(index), re.DOTALL).groups()
+        try:
+            return cls(name, float(weight or 1), None if most is None else int(most))
+        except ValueError:  # a name that ends like 1.2.3
+            return cls(index)
 
 
 class OpenIndexes:
@@ -32,11 +61,14 @@ class OpenIndexes:
         check_same_encoder(self.checkpoint.encoder, "the model", opened.encoder, f"the index {opened.path}")
         return opened
 
-    def retriever(self, index: IndexChoice, num_neighbors: int | None = None) -> tuple[Retriever, int]:
-        """The retriever over the chosen indexes and the number of neighbours; both as `Captioner.caption` takes them.
+    def retriever(
+        self, index: IndexChoice, num_neighbors: int | None = None, retrieval: RetrievalConfig | None = None
+    ) -> tuple[Retriever, int]:
+        """The retriever over the chosen indexes and the number of neighbours; all as `Captioner.caption` takes them.
 
         Raises:
-            InputError: an index is missing, is of another CLIP model, or is given to a mapper without neighbours.
+            InputError: an index is missing, is of another CLIP model, or is given to a mapper without neighbours;
+                nothing is retrieved but `retrieval` says what; or as `Retriever`.
         """
         k = self.checkpoint.num_neighbors if num_neighbors is None else num_neighbors
         if k < 0:
@@ -49,13 +81,19 @@ class OpenIndexes:
                 "drop --index or train one with --mapper retrieval"
             )
         if index is None or k == 0:
+            if retrieval not in (None, RetrievalConfig()):
+                raise InputError("there is no retrieval here for a route, where or deny to guide; leave them out")
             return Retriever([]), 0
         choices = [index] if isinstance(index, (str, Path, CaptionIndex)) else list(index)
-        named = [(choice, 1.0) if isinstance(choice, CaptionIndex) else index_choice(str(choice)) for choice in choices]
-        retriever = Retriever([self.open(choice) for choice, _ in named], [weight for _, weight in named])
-        held = sum(len(opened) for opened in retriever.indexes)
-        if k > held:
-            say(f"{k} neighbours were asked for but the index holds {held} captions; using what there is")
+        chosen = [Choice.of(choice) for choice in choices]
+        retriever = Retriever(
+            [self.open(choice.index) for choice in chosen],
+            [choice.weight for choice in chosen],
+            [choice.most for choice in chosen],
+            retrieval,
+        )
+        if k > retriever.available:
+            say(f"{k} neighbours were asked for but {retriever.available} captions may be retrieved; using these")
         return retriever, k
 
     def _default(self) -> str | None:

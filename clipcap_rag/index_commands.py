@@ -1,9 +1,10 @@
 """The commands of `clipcap-rag index`: build, look into, search and check a caption index."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 
 from clipcap_rag.caption_template import PLAIN
-from clipcap_rag.config import IndexConfig
+from clipcap_rag.config import IndexConfig, RetrievalConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import (
     CLIP_HELP,
@@ -81,6 +82,8 @@ def info(given: Namespace) -> int:
     for segment in manifest["segments"]:
         search = segment.get("search") or {}
         print(f"  segment     {segment['name']}: {segment['rows']} rows, {search.get('key', 'exact search')}")
+    if files.images is not None:
+        print(f"  photos      {len(files.images)}, for --route image")
     print(f"  on disk     {sum(file['bytes'] for file in manifest['files'].values()) / 1e6:.1f} MB")
     print(f"  licence     {manifest['licence'] or 'not stated'}")
     for caption in files.captions(files.live.nonzero()[0][:3]):
@@ -100,17 +103,19 @@ def search_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--nprobe", type=positive, metavar="N", help=text)
     text = "candidates that an HNSW index looks at (default: as tuned when it was built)"
     parser.add_argument("--ef-search", type=positive, metavar="N", help=text)
+    add_config(parser, RetrievalConfig, "what is found")
     add_json(parser, "print one JSON object per query")
     add_compute(parser)
 
 
 def search(given: Namespace) -> int:
-    """Find the captions nearest to sentences or photos."""
+    """Find the captions nearest to sentences or photos, as a captioner does: captions of the same words count once."""
     if bool(given.text) == bool(given.images):
         raise InputError("give either sentences or --images to search with")
     from clipcap_rag.caption_index import CaptionIndex
     from clipcap_rag.encoder import Encoder, check_encoder
     from clipcap_rag.images import expand_images
+    from clipcap_rag.retriever import Retriever
 
     index = CaptionIndex.open(given.index, given.index_device, given.nprobe, given.ef_search)
     encoder = Encoder.load(given.clip or index.encoder["clip"], given.device, given.dtype, base=index.path)
@@ -122,12 +127,12 @@ def search(given: Namespace) -> int:
         paths = expand_images(given.images)
         encoded = encoder.encode_image(paths)
         names, errors, queries = [str(path) for path in paths], encoded.errors, encoded.embeddings.vectors
-    for name, error, scores, rows in zip(names, errors, *index.search(queries, given.num_neighbors), strict=True):
-        rows = rows[rows >= 0] if error is None else rows[:0]
-        found = zip(rows.tolist(), index.files.records(rows), scores.tolist(), strict=False)
+    retriever = Retriever([index], config=make_config(RetrievalConfig, given))
+    for name, error, found in zip(names, errors, retriever.search(queries, given.num_neighbors).listed(), strict=True):
+        found = found if error is None else []
+        ids = index.files.caption_ids([neighbor.row for neighbor in found])
         neighbors = [
-            {"row": row, "caption_id": record["caption_id"], "caption": record["caption"], "score": score}
-            for row, record, score in found
+            {"caption_id": caption_id, **asdict(neighbor)} for caption_id, neighbor in zip(ids, found, strict=True)
         ]
         if given.json:
             print_json({"query": name, "neighbors": neighbors, "error": error})

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from clipcap_rag.artifact import disk_errors, save_array, sync
 from clipcap_rag.errors import InputError
+from clipcap_rag.image_table import write_images
 from clipcap_rag.index_store import (
     MANIFEST,
     SEARCH,
@@ -64,11 +65,13 @@ class IndexChange:
         path: the index directory.
         manifest: index.json as it is; `commit` writes the next one.
         segments: entries of the segments to be.
+        images: name of the file of photos to be, or None.
     """
 
     def __init__(self, path: Path):
         self.path, self.manifest = path, read_index_manifest(path)
         self.segments: list[dict[str, Any]] = list(self.manifest["segments"])
+        self.images: str | None = self.manifest.get("images")
         self._files: IndexFiles | None = None
         self._live: np.ndarray | None = None  # [N] bool over the rows of `files`, once rows were removed or moved
 
@@ -127,6 +130,29 @@ class IndexChange:
         shutil.rmtree(self.path / ADDED)
         self.segments.append(entry)
 
+    def image_ids(self) -> pa.ChunkedArray:
+        """The image ids of the captions that belong to an image, before this change."""
+        live = self.files.live
+        columns = [
+            column.filter(pa.array(live[start : start + len(column)]))
+            for start, column in self.files.columns("image_id")
+        ]
+        return pa.chunked_array(columns, pa.string()).drop_null()
+
+    def set_images(self, ids: pa.StringArray, vectors: np.ndarray) -> None:
+        """Makes these the photos of the index: image ids [P] and embeddings [P, D]."""
+        self.images = f"images-{self.manifest['revision'] + 1:06d}.arrow" if len(ids) else None
+        if self.images:
+            write_images(self.path / self.images, ids, vectors)
+
+    def drop_images(self) -> None:
+        """Leaves out photos that no caption belongs to any more."""
+        images = self.files.images
+        if images is not None:
+            used = pc.is_in(images.ids, value_set=self.image_ids().unique())
+            if not pc.all(used).as_py():
+                self.set_images(images.ids.filter(used), images.vectors[used.to_numpy(zero_copy_only=False)])
+
     def commit(self, next_caption_id: int | None = None, sources: Iterable[dict[str, Any]] = ()) -> int:
         """Makes the change what the index is, safe from loss of power; returns the new revision.
 
@@ -156,6 +182,7 @@ class IndexChange:
             encoder=self.manifest["encoder"],
             segments=self.segments,
             tombstones=tombstones,
+            images=self.images,
             next_caption_id=self.first_new_id() if next_caption_id is None else next_caption_id,
             provenance=provenance,
             licence=self.manifest["licence"],
@@ -201,13 +228,14 @@ def _join(parts: list[Part]) -> Part:
 
 
 def _clear(path: Path, manifest: dict[str, Any]) -> None:
-    """Removes segments and tombstones that index.json does not name."""
+    """Removes segments, tombstones and photos that index.json does not name."""
     named = {entry["name"] for entry in manifest["segments"]}
+    files = {manifest["tombstones"], manifest.get("images")}
     shutil.rmtree(path / ADDED, ignore_errors=True)
     for folder in (path / "segments").glob("*"):
         if folder.is_dir() and re.fullmatch(r"[0-9]{6,}", folder.name) and folder.name not in named:
             shutil.rmtree(folder)
     for file in path.iterdir():
-        stale = re.fullmatch(r"tombstones-[0-9]+\.npy", file.name) and file.name != manifest["tombstones"]
+        stale = re.fullmatch(r"tombstones-[0-9]+\.npy|images-[0-9]+\.arrow", file.name) and file.name not in files
         if stale or re.fullmatch(rf"({re.escape(MANIFEST)}|tombstones-[0-9]+\.npy)\.tmp", file.name):
             file.unlink()

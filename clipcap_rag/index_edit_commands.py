@@ -116,6 +116,22 @@ def compact(given: Namespace) -> int:
     return DONE
 
 
+def add_images_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("index", help=INDEX_HELP)
+    text = "feature set of the photos that the captions describe, found by image_id"
+    parser.add_argument("--features", required=True, metavar="DIR", help=text)
+    _add_wait(parser)
+
+
+def add_images(given: Namespace) -> int:
+    """Store the embeddings of the photos that captions describe, for --route image and both."""
+    from clipcap_rag.index_images import add_images as add
+
+    edit = add(given.index, given.features, wait=given.wait)
+    print(f"{edit.path}: {edit.photos} photos of {_captions(edit.captions)}; revision {edit.revision}")
+    return DONE
+
+
 def lint_flags(parser: ArgumentParser) -> None:
     parser.add_argument("index", help=INDEX_HELP)
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="photos that it should have words for")

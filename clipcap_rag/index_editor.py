@@ -82,7 +82,7 @@ def add_captions(
         raise InputError("there is no list of captions to add; give at least one caption, in a list")
     records = [record if isinstance(record, CaptionRecord) else CaptionRecord(record) for record in captions]
     records = [check_record(f"caption {number}", record) for number, record in enumerate(records, start=1)]
-    return _add(_editable(index), records, encoder, wait, sources=[])
+    return _add(editable_path(index), records, encoder, wait, sources=[])
 
 
 def add_caption_files(
@@ -111,7 +111,7 @@ def add_caption_files(
     from clipcap_rag.index_entries import IndexEntries, encoding_job, source_records
     from clipcap_rag.segment_encoding import CHUNK, encode_records, encode_segment
 
-    path, paths, options = _editable(index), [Path(file) for file in files], source_options or SourceOptions()
+    path, paths, options = editable_path(index), [Path(file) for file in files], source_options or SourceOptions()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     rows = count_captions(paths, options, BadLines(skip_bad))
@@ -149,7 +149,7 @@ def remove_captions(index: str | Path, where: Where, *, wait: float = math.inf) 
     """
     if not where:
         raise InputError("nothing says which captions to remove; give at least one condition")
-    path = _editable(index)
+    path = editable_path(index)
     with index_change(path, wait) as change:
         mask = _found(change, where)
         ids = change.files.caption_ids(np.flatnonzero(mask))
@@ -176,7 +176,7 @@ def update_caption(
     """
     from clipcap_rag.segment_encoding import record_batch
 
-    path = _editable(index)
+    path = editable_path(index)
     text = check_record("the caption", CaptionRecord(caption)).caption
     manifest, encoder = _checked(path, encoder)
     vectors = encoder.encode_text(fill_template(template_of(manifest), [text])).vectors
@@ -201,7 +201,7 @@ def compact_index(index: str | Path, index_key: str | None = None, *, wait: floa
     Raises:
         InputError: the key does not suit what is left; otherwise as `add_captions`.
     """
-    path = _editable(index)
+    path = editable_path(index)
     with index_change(path, wait) as change:
         entries = change.manifest["segments"]
         largest = max(entries, key=lambda entry: entry["rows"], default={"search": None})
@@ -214,12 +214,14 @@ def compact_index(index: str | Path, index_key: str | None = None, *, wait: floa
         folder = change.merge(range(len(entries)))
         if key != "Flat":
             change.segments[0]["search"] = build_search_structure(folder / EMBEDDINGS, config, folder / SEARCH)
+        change.drop_images()
         revision = change.commit()
         change.clear()  # freeing space is what this is for; readers keep what they have mapped
     return IndexEdit(path, revision, [])
 
 
-def _editable(index: str | Path) -> Path:
+def editable_path(index: str | Path) -> Path:
+    """The folder of an index that may be changed; InputError for one of the hub or of the package."""
     if str(index).startswith(hub.PREFIX):
         raise InputError(f"{index} lies on the hub; push a changed copy of its folder instead of changing it")
     path = resolve_index(index)

@@ -22,6 +22,7 @@ def write_index_manifest(
     encoder: dict[str, Any],
     segments: Sequence[dict[str, Any]],
     tombstones: str | None = None,
+    images: str | None = None,
     next_caption_id: int | None = None,
     provenance: dict[str, Any],
     licence: str | None,
@@ -32,6 +33,7 @@ def write_index_manifest(
     Args:
         segments: per segment `name`, `rows` and `search` (what built search.faiss, or None for exact search).
         tombstones: name of a .npy file in `folder` with the rows that were removed, int64 ascending.
+        images: name of an Arrow file in `folder` with the embeddings of photos.
         next_caption_id: above the number of every caption_id that was ever given; left out, the number of rows.
         encoder: the record of the encoder with `clip`, `dim` and `probes`.
         provenance: what the index was made from.
@@ -46,6 +48,7 @@ def write_index_manifest(
         "rows": rows,
         "segments": list(segments),
         "tombstones": tombstones,
+        "images": images,
         "next_caption_id": rows if next_caption_id is None else next_caption_id,
         "licence": licence,
         "provenance": provenance,
@@ -53,16 +56,17 @@ def write_index_manifest(
     }
     files = None
     if recorded is not None:  # what is no part of an index proper, such as a CLIP model that lies in it, stays
-        files = {name: record for name, record in recorded.items() if not re.match(r"segments/|tombstones-", name)}
-        for name in index_files(segments, tombstones):
+        files = {
+            name: record for name, record in recorded.items() if not re.match("segments/|tombstones-|images-", name)
+        }
+        for name in index_files(segments, tombstones, images):
             files[name] = recorded.get(name) or file_record(folder / name)
     write_manifest(folder, MANIFEST, KIND, VERSION, fields, files)
 
 
-def index_files(segments: Sequence[dict[str, Any]], tombstones: str | None) -> list[str]:
-    """Names of the files that an index of these segments consists of, index.json left out."""
-    names = [name for segment in segments for name in segment_files(segment)]
-    return names + ([tombstones] if tombstones else [])
+def index_files(segments: Sequence[dict[str, Any]], *others: str | None) -> list[str]:
+    """Names of the files that an index consists of: those of its segments, and the others that there are."""
+    return [name for segment in segments for name in segment_files(segment)] + [name for name in others if name]
 
 
 def segment_files(segment: dict[str, Any]) -> list[str]:
@@ -79,7 +83,7 @@ def read_index_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = read_unchecked(path, MANIFEST, KIND, VERSION)
     _check(path / MANIFEST, manifest)
-    needed = index_files(manifest["segments"], manifest["tombstones"])
+    needed = index_files(manifest["segments"], manifest["tombstones"], manifest.get("images"))
     files = manifest["files"] if isinstance(manifest["files"], dict) else {}
     unrecorded = [file for file in needed if file not in files]
     if unrecorded:
@@ -105,6 +109,7 @@ def _claims(manifest: dict[str, Any]) -> Iterable[tuple[str, Any, Callable[[Any]
     """What is said, and the test that it has to pass; a later one may rely on those before it."""
     yield "revision", manifest["revision"], _count
     yield "tombstones", manifest["tombstones"], _optional(_matches(r"tombstones-\d{1,20}\.npy"))
+    yield "images", manifest.get("images"), _optional(_matches(r"images-\d{1,20}\.arrow"))
     yield "licence", manifest["licence"], _optional(_is(str))
     yield "provenance", manifest["provenance"], _is(dict)
     yield "next_caption_id", manifest.get("next_caption_id", 0), _count

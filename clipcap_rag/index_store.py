@@ -1,4 +1,4 @@
-"""The files of a caption index: segments of captions and embeddings, tombstones, the manifest, the lock."""
+"""The files of a caption index: segments of captions and embeddings, tombstones, photos, the manifest, the lock."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from clipcap_rag.artifact import check_files
 from clipcap_rag.errors import InputError
+from clipcap_rag.image_table import ImageTable
 from clipcap_rag.index_lock import index_lock
 from clipcap_rag.index_manifest import (
     KIND,
@@ -62,6 +63,7 @@ class IndexFiles:
         live: [N] bool, False for rows that were removed.
         segments: their mapped files.
         starts: [segments + 1] int64, first row of each segment and N.
+        images: the photos that captions belong to, where the index holds their embeddings, else None.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], known: Sequence[Segment] = ()):
@@ -74,6 +76,8 @@ class IndexFiles:
         sizes = [size for segment in self.segments for size in segment.batch_sizes]
         self._batch_starts = np.cumsum([0, *sizes], dtype=np.int64)
         self._batches = [(segment, number) for segment in self.segments for number in range(len(segment.batch_sizes))]
+        photos = manifest.get("images")
+        self.images = ImageTable(path / photos, self.dim) if photos else None
         self.live = np.ones(self.rows, bool)
         self.live[self._removed()] = False
 
@@ -189,5 +193,6 @@ def _open(path: Path, manifest: dict[str, Any], known: IndexFiles | None) -> Ind
         and all(old[name] == files[name] for name in segment_files(segment.entry))
     ]
     unread = {name for segment in kept for name in segment_files(segment.entry)}
+    unread |= {name for name in (manifest.get("images"),) if name in old and old[name] == files[name]}
     check_files(path, {name: record for name, record in files.items() if name not in unread}, KIND)
     return IndexFiles(path, manifest, kept)

@@ -11,8 +11,8 @@ from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.model import IGNORED
+from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prompt import prompt_tokens
-from clipcap_rag.retriever import Neighbors
 from clipcap_rag.word_bonus import word_bonus, word_nats
 
 

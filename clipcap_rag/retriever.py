@@ -1,78 +1,24 @@
 """Neighbour captions for image embeddings: over-fetch, exclude, drop duplicate strings, merge several indexes."""
 
-import dataclasses
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from pathlib import Path
+from itertools import chain, islice, zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
 from clipcap_rag.artifact import read_json, save_array, write_json
 from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.config import RetrievalConfig
+from clipcap_rag.deny_list import DenyList
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
+from clipcap_rag.index_filter import matching, parse_where
+from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.progress import bar, say
 from clipcap_rag.sources import normalize_caption
-
-
-@dataclass(frozen=True)
-class Neighbor:
-    """A retrieved caption: its row, its cosine with the image, and the name of the index it stands in."""
-
-    row: int
-    caption: str
-    score: float
-    index: str
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """Up to K neighbours for each of B images, best first; rows of -1 are absent.
-
-    Attributes:
-        rows: [B, K] int64, positions in the index that `sources` names.
-        scores: [B, K] float32 cosines.
-        sources: [B, K] int64, position in `indexes`.
-        embeddings: [B, K, D] float32 unit length, zero where absent.
-        captions: per image, the captions of the neighbours that are present.
-        indexes: those that were searched.
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    sources: np.ndarray
-    embeddings: np.ndarray
-    captions: list[list[str]]
-    indexes: list[CaptionIndex]
-
-    @property
-    def mask(self) -> np.ndarray:
-        """[B, K] bool, True where a neighbour is present."""
-        return self.rows >= 0
-
-    def part(self, images: slice) -> "Neighbors":
-        """The neighbours of some of the images."""
-        arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
-        return Neighbors(*arrays, self.captions[images], self.indexes)
-
-    def versions(self, kept: np.ndarray) -> "Neighbors":
-        """Those of one image in S versions, each with the ones that `kept` [S, K] says."""
-        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
-        arrays = {name: np.repeat(getattr(self, name), len(kept), axis=0) for name in names}
-        arrays["rows"] = np.where(kept, arrays["rows"], -1)
-        captions = [list(compress(self.captions[0], version)) for version in kept]
-        return dataclasses.replace(self, **arrays, captions=captions)
-
-    def listed(self) -> list[list[Neighbor]]:
-        """The neighbours of each image one by one, best first, for people and for JSON."""
-        return [
-            [
-                Neighbor(int(row), caption, float(score), self.indexes[source].name)
-                for row, caption, score, source in zip(rows, captions, scores, sources, strict=False)
-            ]
-            for rows, captions, scores, sources in zip(self.rows, self.captions, self.scores, self.sources, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -87,15 +33,61 @@ class Exclusion:
         return cls(image_id, frozenset(normalize_caption(caption) for caption in captions))
 
 
-class Retriever:
-    """Finds neighbours in one or several indexes; hits are ordered by weight x cosine."""
+class _Hit(NamedTuple):
+    """A caption that one route found in one index; `text` is the caption as strings are compared."""
 
-    def __init__(self, indexes: Sequence[CaptionIndex], weights: Sequence[float] | None = None):
-        """Raises InputError if the indexes were built with encoders of different width."""
+    score: float
+    number: int
+    row: int
+    caption: str
+    text: str
+    route: str
+
+
+class Retriever:
+    """Finds neighbours in one or several indexes; hits are ordered by weight x cosine, two routes take turns."""
+
+    def __init__(
+        self,
+        indexes: Sequence[CaptionIndex],
+        weights: Sequence[float] | None = None,
+        most: Sequence[int | None] | None = None,
+        config: RetrievalConfig | None = None,
+    ):
+        """Prepares the search.
+
+        Args:
+            weights: of each index.
+            most: of each index, how many neighbours of an image may come from it; None is no limit.
+            config: which captions may be found, and by which route.
+
+        Raises:
+            InputError: the indexes were built with encoders of different width, none holds photos for the route, no
+                caption meets the conditions, or the deny file cannot be used.
+        """
         if len({index.dim for index in indexes}) > 1:
             widths = ", ".join(f"{index.name} ({index.encoder['clip']}: {index.dim})" for index in indexes)
             raise InputError(f"these indexes were built with different CLIP models: {widths}; build them with one")
+        config = config or RetrievalConfig()
         self.indexes, self.weights = list(indexes), list(weights or [1.0] * len(indexes))
+        self._most = [math.inf if limit is None else limit for limit in most or [None] * len(indexes)]
+        self._routes = ("text", "image") if config.route == "both" else (config.route,)
+        self._denied = DenyList.read(config.deny) if config.deny else DenyList()
+        self._where, self._masks = parse_where(config.where), {}
+        if self._where and indexes and not any(map(self._count, range(len(indexes)))):
+            names = " and ".join(index.name for index in indexes)
+            raise InputError(f"no caption of {names} meets {', '.join(config.where)}; give other conditions")
+        lacking = [index for index in indexes if index.files.images is None] if config.route != "text" else []
+        if lacking and (config.route == "image" or len(lacking) == len(indexes)):
+            raise InputError(
+                f"the index {lacking[0].path} holds no image embeddings for route {config.route}; give it some with "
+                "index add-images, or take --route text"
+            )
+
+    @property
+    def available(self) -> int:
+        """Captions that the conditions and the limits of the indexes leave for one image."""
+        return sum(min(most, self._count(number)) for number, most in enumerate(self._most))
 
     def search(self, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion] | None = None) -> Neighbors:
         """The k best distinct captions for each query.
@@ -107,63 +99,93 @@ class Retriever:
         """
         B, D = queries.shape
         exclusions = exclusions or [Exclusion(None, frozenset())] * B
-        hits: list[list[tuple[float, int, int, str]]] = [[] for _ in range(B)]  # cosine, index number, row, caption
-        if k > 0:
-            for number, index in enumerate(self.indexes):
-                for query, found in enumerate(_distinct(index, queries, k, exclusions)):
-                    hits[query] += [(score, number, row, caption) for score, row, caption in found]
-        merged = [self._merge(found, k) for found in hits]
+        hits: list[list[list[_Hit]]] = [[[] for _ in self._routes] for _ in range(B)]
+        for place, route in enumerate(self._routes if k > 0 else ()):
+            for number in range(len(self.indexes)):
+                for query, found in enumerate(self._distinct(number, route, queries, k, exclusions)):
+                    hits[query][place] += found
+        merged = [self._merge(routes, k) for routes in hits]
         rows, sources = np.full((B, k), -1, np.int64), np.zeros((B, k), np.int64)
-        scores, embeddings = np.zeros((B, k), np.float32), np.zeros((B, k, D), np.float32)
+        scores, image_scores = np.zeros((B, k), np.float32), np.full((B, k), np.nan, np.float32)
+        embeddings = np.zeros((B, k, D), np.float32)
         for query, found in enumerate(merged):
-            for place, (score, number, row, _) in enumerate(found):
-                rows[query, place], scores[query, place], sources[query, place] = row, score, number
+            for place, hit in enumerate(found):
+                rows[query, place], sources[query, place] = hit.row, hit.number
+                (scores if hit.route == "text" else image_scores)[query, place] = hit.score
         for number, index in enumerate(self.indexes):
             here = (rows >= 0) & (sources == number)
             if here.any():
                 embeddings[here] = index.embeddings(rows[here])
-        captions = [[hit[3] for hit in found] for found in merged]
-        return Neighbors(rows, scores, sources, embeddings, captions, self.indexes)
+        by_image = ~np.isnan(image_scores)
+        scores[by_image] = np.einsum("bkd,bd->bk", embeddings, queries)[by_image]
+        captions = [[hit.caption for hit in found] for found in merged]
+        return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores)
 
-    def _merge(self, hits: list[tuple[float, int, int, str]], k: int) -> list[tuple[float, int, int, str]]:
-        best: dict[str, tuple[float, int, int, str]] = {}
-        for hit in sorted(hits, key=lambda hit: (-self.weights[hit[1]] * hit[0], hit[1], hit[2])):
-            best.setdefault(normalize_caption(hit[3]), hit)
-        return list(best.values())[:k]
-
-
-def _distinct(
-    index: CaptionIndex, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion]
-) -> list[list[tuple[float, int, str]]]:
-    """Per query the k best allowed (cosine, row, caption) with distinct strings, fetching more until there are k."""
-    found: list[list[tuple[float, int, str]]] = [[] for _ in queries]
-    open_queries, fetch = np.arange(len(queries)), 2 * k + 8
-    while len(open_queries):
-        fetch = min(fetch, len(index))
-        scores, rows = index.search(queries[open_queries], fetch)
-        for position, query in enumerate(open_queries):
-            present = rows[position] >= 0
-            found[query] = _allowed(index, scores[position][present], rows[position][present], exclusions[query], k)
-        if fetch == len(index):
-            break
-        open_queries = np.array([query for query in open_queries if len(found[query]) < k], np.int64)
-        fetch *= 4
-    return found
-
-
-def _allowed(
-    index: CaptionIndex, scores: np.ndarray, rows: np.ndarray, exclusion: Exclusion, k: int
-) -> list[tuple[float, int, str]]:
-    kept: dict[str, tuple[float, int, str]] = {}
-    captions, image_ids = index.captions(rows), index.image_ids(rows)
-    for score, row, caption, image_id in zip(scores, rows, captions, image_ids, strict=True):
-        text = normalize_caption(caption)
-        own = exclusion.image_id is not None and image_id == exclusion.image_id
-        if not own and text not in exclusion.texts and text not in kept:
-            kept[text] = (float(score), int(row), caption)
+    def _merge(self, routes: Sequence[list[_Hit]], k: int) -> list[_Hit]:
+        """The first k distinct captions of routes that take turns, no index giving more than it may."""
+        ordered = [sorted(hits, key=lambda hit: -self.weights[hit.number] * hit.score) for hits in routes]
+        kept: dict[str, _Hit] = {}
+        given: Counter[int] = Counter()
+        for hit in chain.from_iterable(zip_longest(*ordered)):
             if len(kept) == k:
                 break
-    return list(kept.values())
+            if hit is not None and hit.text not in kept and given[hit.number] < self._most[hit.number]:
+                kept[hit.text] = hit
+                given[hit.number] += 1
+        return list(kept.values())
+
+    def _count(self, number: int) -> int:
+        """Captions of an index that meet the conditions."""
+        among = self._among(number)
+        return len(self.indexes[number]) if among is None else int(among.sum())
+
+    def _among(self, number: int) -> np.ndarray | None:
+        """Which rows [N] bool meet the conditions, worked out once for each state of an index; None where all do."""
+        if not self._where:
+            return None
+        files = self.indexes[number].files
+        seen, mask = self._masks.get(number, (None, None))
+        if seen is not files:
+            mask = matching(files, self._where)
+            self._masks[number] = files, mask
+        return mask
+
+    def _distinct(
+        self, number: int, route: str, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion]
+    ) -> list[list[_Hit]]:
+        """Per query the k best allowed hits with distinct strings, fetching more until there are k."""
+        index, among = self.indexes[number], self._among(number)
+        found: list[list[_Hit]] = [[] for _ in queries]
+        if route == "image" and index.files.images is None:
+            return found
+        look = index.search if route == "text" else index.search_images
+        open_queries, fetch = np.arange(len(queries)), 2 * k + 8
+        while len(open_queries):
+            fetch = min(fetch, len(index))
+            all_scores, all_rows = look(queries[open_queries], fetch, among=among)
+            for query, scores, rows in zip(open_queries, all_scores, all_rows, strict=True):
+                present = rows >= 0
+                hits = self._allowed(number, route, scores[present], rows[present], exclusions[query])
+                found[query] = list(islice(hits, k))
+            if fetch == len(index):
+                break
+            lacking = np.array([len(found[query]) < k for query in open_queries])
+            open_queries = open_queries[lacking & (all_rows[:, -1] >= 0)]
+            fetch *= 4
+        return found
+
+    def _allowed(
+        self, number: int, route: str, scores: np.ndarray, rows: np.ndarray, exclusion: Exclusion
+    ) -> Iterator[_Hit]:
+        """What may be retrieved of some rows, each string once."""
+        index, seen = self.indexes[number], set()
+        captions, image_ids = index.captions(rows), index.image_ids(rows)
+        for score, row, caption, image_id in zip(scores, rows, captions, image_ids, strict=True):
+            text = normalize_caption(caption)
+            own = exclusion.image_id is not None and image_id == exclusion.image_id
+            if not own and text not in exclusion.texts and text not in seen and not self._denied.refuses(text):
+                seen.add(text)
+                yield _Hit(float(score), number, int(row), caption, text, route)
 
 
 def stored_neighbors(features: FeatureSet, index: CaptionIndex, k: int) -> np.ndarray:
@@ -191,14 +213,3 @@ def stored_neighbors(features: FeatureSet, index: CaptionIndex, k: int) -> np.nd
     except OSError as error:
         say(f"neighbours of {features.path} are not kept for the next run ({error.strerror})")
     return rows
-
-
-def index_choice(argument: str) -> tuple[str, float]:
-    """`NAME` or `NAME:WEIGHT` -> name or path, weight; the last colon counts only where a number follows it."""
-    name, colon, weight = argument.rpartition(":")
-    if colon and not Path(argument).exists():
-        try:
-            return name, float(weight)
-        except ValueError:
-            pass
-    return argument, 1.0

@@ -11,7 +11,8 @@ from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.encoder import Encoder, check_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import ImageLike, expand_images, image_name
-from clipcap_rag.retriever import Neighbor, Retriever
+from clipcap_rag.neighbors import Neighbor
+from clipcap_rag.retriever import Retriever
 
 _SUFFIX = ".knn"
 

@@ -15,12 +15,12 @@ from clipcap_rag.evidence import LEFT_OUT, Evidence, forced_log_probabilities, v
 from clipcap_rag.generation import write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.model import CaptionModel
+from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prefix_words import PrefixWord, prefix_words
 from clipcap_rag.prompt import prompt_tokens
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
 from clipcap_rag.retrieved_text import words_for
-from clipcap_rag.retriever import Neighbors
 
 
 class Writer:

@@ -77,14 +77,14 @@ def assert_same_search(index: CaptionIndex, vectors, queries, k, live=None) -> N
 @pytest.mark.parametrize("dim", [7, 64])
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_exact_search_equals_brute_force(tmp_path, monkeypatch, dim, k):
-    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 300)  # several blocks, the last not full
+    monkeypatch.setattr("clipcap_rag.exact_search.BLOCK", 300)  # several blocks, the last not full
     vectors = clustered(1000, dim)
     index = CaptionIndex.open(write_index(tmp_path / "boats", [vectors]), device="cpu")
     assert_same_search(index, vectors, unit(np.random.default_rng(1).normal(size=(30, dim))), k)
 
 
 def test_ties_come_in_order_of_rows_even_where_they_cross_k_and_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 64)
+    monkeypatch.setattr("clipcap_rag.exact_search.BLOCK", 64)
     generator = np.random.default_rng(2)
     vectors = clustered(25, 16)[generator.integers(0, 25, 1000)]  # each vector about forty times
     index = CaptionIndex.open(write_index(tmp_path / "boats", [vectors]), device="cpu")
@@ -100,7 +100,7 @@ def test_one_vector_repeated_throughout(tmp_path):
 
 
 def test_segments_and_tombstones(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipcap_rag.caption_index.BLOCK", 50)
+    monkeypatch.setattr("clipcap_rag.exact_search.BLOCK", 50)
     vectors = clustered(400, 16)
     dead = np.unique(np.random.default_rng(3).integers(0, 400, 150))
     live = np.ones(400, bool)
@@ -206,6 +206,25 @@ def test_a_search_structure_respects_tombstones_and_still_fills_k(tmp_path):
     assert (rows % 2 == 1).all()
     live = np.arange(1500) % 2 == 1
     assert_same_search(index, vectors, vectors[:3], 1500, live)  # beyond the probed lists: exact
+
+
+@pytest.mark.parametrize("key", ["Flat", "IVF30,Flat", "HNSW16"])
+def test_only_some_rows_may_be_found(tmp_path, key):
+    vectors, queries = clustered(1500, 16), clustered(30, 16, seed=6)
+    dead = np.arange(0, 1500, 3)
+    folder = write_index(tmp_path / "boats", [vectors[:1000], vectors[1000:]], tombstones=dead, key=key)
+    index = CaptionIndex.open(folder, device="cpu")
+    for share in (0.5, 0.05, 0.0):  # the second and third are so few that structures are left aside
+        among = np.random.default_rng(7).random(1500) < share
+        allowed = among & (np.arange(1500) % 3 > 0)
+        scores, rows = index.search(queries, 10, among=among)
+        expected_scores, expected = brute_force(vectors, queries, 10, allowed)
+        assert allowed[rows[rows >= 0]].all()
+        if key == "Flat" or share < 1 / 8:
+            np.testing.assert_array_equal(rows, expected)
+            np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+        else:
+            assert np.mean([len(np.intersect1d(*pair)) for pair in zip(rows, expected, strict=True)]) >= 9
 
 
 def test_ivf_is_memory_mapped(tmp_path):

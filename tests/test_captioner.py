@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.captioner import Captioner
-from clipcap_rag.config import GenerationConfig
+from clipcap_rag.config import GenerationConfig, RetrievalConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.index_builder import build_caption_index
 
@@ -46,7 +46,7 @@ def test_results_are_complete_and_ordered(captioner, photos):
         assert len(result.neighbors) == 3
         assert set(result.to_json()) == {"image", "caption", "candidates", "neighbors", "error"}
         assert set(result.to_json()["candidates"][0]) == {"caption", "clip_similarity", "log_probability", "score"}
-        assert set(result.to_json()["neighbors"][0]) == {"row", "caption", "score", "index"}
+        assert set(result.to_json()["neighbors"][0]) == {"row", "caption", "score", "index", "route"}
 
 
 def test_similarity_is_the_cosine_of_image_and_caption(captioner, photos):
@@ -78,6 +78,21 @@ def test_more_neighbors_than_captions_gives_what_there_is(captioner, photos, wor
     (result,) = captioner.caption(photos[0], index=world.other_index, num_neighbors=1000, generation=FEW)
     assert 0 < len(result.neighbors) <= len(world.other_index)
     assert capsys.readouterr().err.count("1000 neighbours were asked for") == 1
+
+
+def test_conditions_on_what_is_retrieved(captioner, photos, world):
+    chosen = RetrievalConfig(where=["caption_id=3", "caption_id=9"])
+    (result,) = captioner.caption(photos[0], index=world.index, num_neighbors=8, generation=FEW, retrieval=chosen)
+    assert {neighbor.row for neighbor in result.neighbors} == {3, 9}
+    with pytest.raises(InputError, match="no retrieval here"):
+        captioner.caption(photos[0], index=None, generation=FEW, retrieval=chosen)
+
+
+def test_an_index_gives_at_most_so_many(captioner, photos, world):
+    chosen = [f"{world.index.path}:1:2", f"{world.other_index.path}:0.5"]
+    (result,) = captioner.caption(photos[0], index=chosen, num_neighbors=5, generation=FEW)
+    names = [neighbor.index for neighbor in result.neighbors]
+    assert names.count(world.index.name) == 2 and names.count(world.other_index.name) == 3
 
 
 def test_every_kind_of_image_gives_the_same_caption(captioner, photos):

@@ -15,7 +15,15 @@ from PIL import Image
 
 from clipcap_rag import cli
 from clipcap_rag.commands import COMMANDS
-from clipcap_rag.config import DownloadConfig, GenerationConfig, ImportConfig, IndexConfig, ModelConfig, TrainConfig
+from clipcap_rag.config import (
+    DownloadConfig,
+    GenerationConfig,
+    ImportConfig,
+    IndexConfig,
+    ModelConfig,
+    RetrievalConfig,
+    TrainConfig,
+)
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
 from clipcap_rag.ngrams import PhraseOptions
@@ -27,6 +35,7 @@ MINIMAL = {
     "index search": ["name", "a dog"],
     "index verify": ["name"],
     "index add": ["name", "--caption", "a dog"],
+    "index add-images": ["name", "--features", "f"],
     "index remove": ["name", "--caption-id", "7"],
     "index update": ["name", "--caption-id", "7", "--caption", "a cat"],
     "index compact": ["name"],
@@ -52,6 +61,9 @@ MINIMAL = {
     "doctor": [],
 }
 MADE_FROM = [
+    ("index search", RetrievalConfig, ()),
+    ("caption", RetrievalConfig, ()),
+    ("evaluate", RetrievalConfig, ()),
     ("index build", IndexConfig, ()),
     ("index build", SourceOptions, ()),
     ("index build", PhraseOptions, ()),
@@ -121,6 +133,8 @@ def test_a_given_flag_reaches_its_field(command, config, omitted):
         elif isinstance(field.default, int | float):
             value = type(field.default)(field.default * 2 or 1)
             arguments = [flag, str(value)]
+        elif field.default == ():
+            arguments, value = [flag, "a=b", flag, "c=d"], ["a=b", "c=d"]
         else:
             arguments, value = [flag, "Flat"], "Flat"
         assert getattr(parse(command, *arguments), field.name) == value, flag
@@ -330,7 +344,7 @@ def test_captions_as_json_lines(job, capsys):
         assert result["caption"] == result["candidates"][0]["caption"]
         assert set(result["candidates"][0]) == {"caption", "clip_similarity", "log_probability", "score"}
         assert len(result["neighbors"]) == 4
-        assert set(result["neighbors"][0]) == {"row", "caption", "score", "index"}
+        assert set(result["neighbors"][0]) == {"row", "caption", "score", "index", "route"}
         assert {neighbor["index"] for neighbor in result["neighbors"]} == {"own"}
 
 

@@ -15,8 +15,8 @@ from clipcap_rag.encoder import Embeddings
 from clipcap_rag.evidence import SUPPORT, WordEvidence, _words, forced_log_probabilities, versions, weigh
 from clipcap_rag.mapper import RetrievalMapper
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
+from clipcap_rag.neighbors import Neighbor, Neighbors
 from clipcap_rag.retrieved_text import context_tokens
-from clipcap_rag.retriever import Neighbor, Neighbors
 
 FEW = GenerationConfig(candidates=4, max_new_tokens=10)
 D, K, P = 24, 3, 3

@@ -36,9 +36,13 @@ LAYERS = {
     "index_lock": 0.5,
     "index_segment": 0.5,
     "index_manifest": 0.6,
+    "image_table": 0.5,
     "index_store": 1,
     "index_names": 1.1,
     "index_filter": 1.1,
+    "deny_list": 1.1,
+    "exact_search": 1.6,
+    "image_route": 1.7,
     "index_commit": 1.2,
     "parquet_tables": 1.1,
     "foreign_indexes": 1.2,
@@ -64,9 +68,11 @@ LAYERS = {
     "clipcap_features": 3,
     "clipcap_pickle": 3,
     "index_editor": 3.1,
+    "index_images": 3.2,
     "index_lint": 3.2,
     "index_import": 3.5,
     "tagging": 3.5,
+    "neighbors": 2.5,
     "retriever": 3,
     "generation": 3,
     "rerank": 3.5,
@@ -124,7 +130,7 @@ LAYERS = {
 }
 OWNERS = {
     "open_clip": {"clip_models"},
-    "faiss": {"bench_searching", "caption_index", "flat_search", "search_structure", "structure_reader"},
+    "faiss": {"bench_searching", "exact_search", "flat_search", "search_structure", "structure_reader"},
     "autofaiss": {"search_structure"},
 }
 LIGHT = {

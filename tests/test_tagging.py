@@ -44,7 +44,7 @@ def test_json_lines_name_errors_and_the_status_says_so(world, photos, capsys):
     ]  # fmt: skip
     assert [len(line["tags"]) for line in lines] == [3, 3, 3, 0]
     assert [line["error"] is None for line in lines] == [True, True, True, False]
-    assert {"caption", "score", "row", "index"} == set(lines[0]["tags"][0])
+    assert {"caption", "score", "row", "index", "route"} == set(lines[0]["tags"][0])
 
 
 def test_every_photo_gets_its_own_side_file(world, photos, capsys):

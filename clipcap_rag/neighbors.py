@@ -1,0 +1,84 @@
+"""What was retrieved for images: arrays for a mapper, and one by one for people and for JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+
+from clipcap_rag.caption_index import CaptionIndex
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A retrieved caption.
+
+    Attributes:
+        row: where it stands in the index.
+        caption: its words.
+        score: the cosine by which it was found: of the image with the caption, or with the caption's own photo.
+        index: the name of the index.
+        route: `text` or `image`, what was compared.
+    """
+
+    row: int
+    caption: str
+    score: float
+    index: str
+    route: str = "text"
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """Up to K neighbours for each of B images, best first; rows of -1 are absent.
+
+    Attributes:
+        rows: [B, K] int64, positions in the index that `sources` names.
+        scores: [B, K] float32 cosines with the captions, which a mapper reads whatever found them.
+        sources: [B, K] int64, position in `indexes`.
+        embeddings: [B, K, D] float32 unit length, zero where absent.
+        captions: per image, the captions of the neighbours that are present.
+        indexes: those that were searched.
+        image_scores: [B, K] float32 cosines with the captions' photos, by which they were found; NaN where a caption
+            was found by its own words, None where all were.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    sources: np.ndarray
+    embeddings: np.ndarray
+    captions: list[list[str]]
+    indexes: list[CaptionIndex]
+    image_scores: np.ndarray | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[B, K] bool, True where a neighbour is present."""
+        return self.rows >= 0
+
+    def part(self, images: slice) -> "Neighbors":
+        """The neighbours of some of the images."""
+        arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
+        by_image = None if self.image_scores is None else self.image_scores[images]
+        return Neighbors(*arrays, self.captions[images], self.indexes, by_image)
+
+    def versions(self, kept: np.ndarray) -> "Neighbors":
+        """Those of one image in S versions, each with the ones that `kept` [S, K] says."""
+        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
+        arrays = {name: np.repeat(getattr(self, name), len(kept), axis=0) for name in names}
+        arrays["rows"] = np.where(kept, arrays["rows"], -1)
+        captions = [list(compress(self.captions[0], version)) for version in kept]
+        return dataclasses.replace(self, **arrays, captions=captions)
+
+    def listed(self) -> list[list[Neighbor]]:
+        """The neighbours of each image one by one, best first, for people and for JSON."""
+        image_scores = np.full_like(self.scores, np.nan) if self.image_scores is None else self.image_scores
+        by_image = ~np.isnan(image_scores)
+        scores = np.where(by_image, image_scores, self.scores)
+        return [
+            [
+                Neighbor(int(row), caption, float(score), self.indexes[source].name, "image" if image else "text")
+                for row, caption, score, source, image in zip(*columns, strict=False)
+            ]
+            for columns in zip(self.rows, self.captions, scores, self.sources, by_image, strict=True)
+        ]
