@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--text-neighbors", type=int, default=4)
     parser.add_argument("--text-dropout", type=float, default=0.3)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5], help="strengths of the bias to try")
+    parser.add_argument("--num-neighbors", type=int, default=32, help="neighbours for each photo")
     parser.add_argument("--modes", nargs="+", default=["off", "prompt", "bias"])
     parser.add_argument("--decodings", nargs="+", default=["greedy", "sample"])
     given = parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
             given.language_model,
             out / "run",
             validation_features=given.validation_features,
-            model_config=ModelConfig(mapper_layers=2, mapper_dropout=0.1),
+            model_config=ModelConfig(mapper_layers=2, mapper_dropout=0.1, language_model_tuning="layers"),
             train_config=TrainConfig(
                 epochs=given.epochs,
                 batch_size=20,
@@ -132,20 +132,22 @@ def main() -> None:
     captioner, photos = Captioner.from_pretrained(out / "run"), StoredEmbeddings.open(given.validation_features)
     for decoding in given.decodings:
         for mode in given.modes:
-            for strength in given.strengths if mode == "bias" else [1.0]:
-                settings = GenerationConfig(decoding=decoding, retrieved_text=mode, bias_strength=strength)
-                for where in (index, grown):
-                    name = f"{decoding} {mode} {f'{strength:g} ' * (mode == 'bias')}{where.name}"
-                    file = out / f"{name.replace(' ', '-')}.json"
-                    if not file.exists():
-                        results = captioner.caption(embeddings=photos, index=where, generation=settings, batch_size=64)
-                        captions = [result.caption or "" for result in results]
-                        near = [[found.caption for found in result.neighbors] for result in results]
-                        write_json(file, score(shown.captions, captions) | {"captions": captions, "neighbors": near})
-                    found = json.loads(file.read_text())
-                    print(line(f"{name}, CIDEr {100 * found['CIDEr']:.1f}", found["all"]), flush=True)
-                    for noun, counts in found["nouns"].items():
-                        say(line(f"    {noun}", counts))
+            settings = GenerationConfig(decoding=decoding, retrieved_text=mode)
+            for where in (index, grown):
+                file = out / f"{decoding}-{mode}-{where.name}.json"
+                if not file.exists():
+                    results = captioner.caption(
+                        embeddings=photos, index=where, num_neighbors=given.num_neighbors, generation=settings
+                    )
+                    captions = [result.caption or "" for result in results]
+                    near = [[found.caption for found in result.neighbors] for result in results]
+                    write_json(file, score(shown.captions, captions) | {"captions": captions, "neighbors": near})
+                found = json.loads(file.read_text())
+                print(
+                    line(f"{decoding} {mode} {where.name}, CIDEr {100 * found['CIDEr']:.1f}", found["all"]), flush=True
+                )
+                for noun, counts in found["nouns"].items():
+                    say(line(f"    {noun}", counts))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, what does not fit is refused by name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -105,3 +106,12 @@ def test_altered_and_missing_files_are_refused(saved):
     weights.unlink()
     with pytest.raises(InputError, match="lacks its file model.safetensors"):
         read_checkpoint(folder)
+
+
+def test_the_words_of_the_training_captions_are_kept(saved, tmp_path):
+    checkpoint, folder = saved
+    assert read_checkpoint(folder).words == frozenset()  # as in checkpoints of older releases
+    words = frozenset({"dog", "anna's", "über"})
+    with new_directory(tmp_path / "made") as staging:
+        dataclasses.replace(checkpoint, words=words).write(staging)
+    assert read_checkpoint(tmp_path / "made").words == words
