@@ -20,6 +20,8 @@ from clipcap_rag.judging import JudgingConfig
 from clipcap_rag.output import DONE, print_json
 from clipcap_rag.sources import SourceOptions
 
+_WRITING = ("features", "num_neighbors", "baseline", "training_features", "out")
+
 
 def evaluate_flags(parser: ArgumentParser) -> None:
     text = "captions to score: COCO results [{image_id, caption}] or JSON Lines as caption --json prints them"
@@ -28,7 +30,8 @@ def evaluate_flags(parser: ArgumentParser) -> None:
     parser.add_argument("references", nargs="?", metavar="REFERENCES", help=text)
     text = f"captioner to score, with --features; or the one that wrote PREDICTIONS; {MODEL_HELP}"
     parser.add_argument("--model", metavar="MODEL", help=text)
-    parser.add_argument("--features", metavar="DIR", help="feature set of photos that were not trained on")
+    text = "feature set of photos that were not trained on; may be repeated"
+    parser.add_argument("--features", action="append", metavar="DIR", help=text)
     text = (
         "index to caption with (default: the model's own), or whose entries PREDICTIONS may have copied; "
         f"may be repeated; {INDEX_HELP}"
@@ -36,10 +39,15 @@ def evaluate_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--index", action="append", help=text)
     text = "neighbour captions per photo (default: as the model was trained)"
     parser.add_argument("--num-neighbors", type=positive, metavar="N", help=text)
-    parser.add_argument("--out", metavar="DIR", help="folder for results.json and the predictions")
+    text = "another checkpoint for the table, captioned without retrieval; may be repeated"
+    parser.add_argument("--baseline", action="append", metavar="NAME=MODEL", help=text)
+    text = "feature set of photos whose captions an index may hold, for the leak study (default: those in the index)"
+    parser.add_argument("--training-features", metavar="DIR", help=text)
+    text = "folder for results.json and the predictions; what is there already is not made again"
+    parser.add_argument("--out", metavar="DIR", help=text)
     _judging_flags(parser)
     add_config(parser, RetrievalConfig, "what is retrieved")
-    add_config(parser, EvaluationConfig, "conditions of a captioner")
+    add_config(parser, EvaluationConfig, "studies of a captioner")
     add_config(parser, GenerationConfig, "writing", omit=("decoding",))
     add_compute(parser)
 
@@ -54,7 +62,8 @@ def evaluate(given: Namespace) -> int:
     """Score captions against references, or a captioner on photos with references.
 
     With PREDICTIONS and REFERENCES it scores what any captioner wrote. With --model, --features and --out it writes
-    captions with each index, without, and with random neighbours, and scores those.
+    captions and scores those: with each index and without, with worse and worse neighbours, by every decoding, with and
+    without what an index knows of the photos. The same command again continues where it was killed.
     """
     return _score(given) if given.predictions else _caption(given)
 
@@ -62,7 +71,7 @@ def evaluate(given: Namespace) -> int:
 def _score(given: Namespace) -> int:
     if not given.references:
         raise InputError(f"{given.predictions} needs references; give the caption file of its photos after it")
-    writing = {name: getattr(given, name) for name in ("features", "out", "num_neighbors")}
+    writing = {name: getattr(given, name) for name in _WRITING}
     for config in (RetrievalConfig, EvaluationConfig, GenerationConfig):
         writing |= given_fields(config, given)
     _refuse(writing, "writing captions")
@@ -92,8 +101,9 @@ def _caption(given: Namespace) -> int:
         raise InputError("give PREDICTIONS and REFERENCES, or --model, --features and --out")
     _refuse(given_fields(JudgingConfig, given) | given_fields(SourceOptions, given), "PREDICTIONS and REFERENCES")
     config, generation = make_config(EvaluationConfig, given), make_config(GenerationConfig, given)
+    from clipcap_rag.baselines import named_checkpoints
     from clipcap_rag.evaluation import evaluate as run_evaluation
-    from clipcap_rag.evaluation import table
+    from clipcap_rag.evaluation_table import table
 
     result = run_evaluation(
         given.model,
@@ -101,6 +111,8 @@ def _caption(given: Namespace) -> int:
         given.out,
         indexes=given.index or ["default"],
         num_neighbors=given.num_neighbors,
+        baselines=named_checkpoints(given.baseline or []),
+        training_features=given.training_features,
         generation=generation,
         config=config,
         retrieval=make_config(RetrievalConfig, given),

@@ -47,6 +47,23 @@ def test_comparison_as_a_table_and_as_json(files, capsys, tmp_path):
     assert result["metrics"]["ROUGE-L"]["difference"]["value"] > 0
 
 
+def test_studies_of_a_captioner(world, tmp_path, capsys):
+    words = ("--model", world.run, "--features", world.features.path, "--out", tmp_path / "out", "--index", "default")
+    quick = ("--decodings", "greedy", "--max-new-tokens", "5", "--images", "4")
+    assert call(*map(str, words), *quick, "--studies", "robustness,leaks", "--baseline", f"again={world.run}") == 0
+    shown = capsys.readouterr().out
+    assert "wrong majority of own" in shown and "\nharm, greedy, features: CIDEr " in shown
+    assert call(*map(str, words), *quick, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+@pytest.mark.parametrize("flags", [("--studies", "rubust"), ("--baseline", "nameless"), ("--candidate-sizes", "0")])
+def test_a_mistake_is_one_sentence(world, tmp_path, capsys, flags):
+    words = ("--model", world.run, "--features", world.features.path, "--out", tmp_path / "out")
+    assert call(*map(str, words), *flags) == 2
+    assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("broken", ["[{", "null", "3", '"a"', "[1]", "{}", '[{"image_id": "p0", "caption": "a"}]'])
 def test_unusable_predictions_are_one_sentence(files, capsys, tmp_path, broken):
     path = tmp_path / "broken.json"
