@@ -2,7 +2,8 @@
 
 A line per photo, in the order of the feature set: row (its place there), image, image_id, seconds (that it took),
 caption (null if nothing was written), candidates (best first: caption, clip_similarity, log_probability, score,
-tokens by their ids), and neighbors (row, caption, score, index, route). `clipcap-rag evaluate compare` reads such files, too.
+tokens by their ids), and neighbors (row, caption, score, index, route). `clipcap-rag evaluate compare` reads such
+files, too.
 """
 
 import dataclasses
