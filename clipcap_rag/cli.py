@@ -17,12 +17,15 @@ _INTERRUPTED, _PIPE_CLOSED = 130, 141  # what a shell reports for SIGINT and SIG
 
 
 def build_parser() -> Parser:
-    """The parser of all commands in `COMMANDS`; a command of two words is a command of a group."""
+    """The parser of all commands in `COMMANDS`; a command of two words is a command of a group.
+
+    One whose first word is a command itself, as `evaluate compare`, has a name of two words instead.
+    """
     parser = Parser(prog="clipcap-rag", description="Caption photos with the help of captions found in an index.")
     parser.add_argument("--version", action="version", version=f"clipcap-rag {__version__}")
     groups = {"": parser.add_subparsers(title="commands", metavar="COMMAND", required=True)}
     for words, command in COMMANDS.items():
-        group, _, name = words.rpartition(" ")
+        group, _, name = ("", "", words) if _beside_a_command(words) else words.rpartition(" ")
         if group not in groups:
             members = [other.split()[-1] for other in COMMANDS if other.startswith(group + " ")]
             text = f"{', '.join(members)}: see clipcap-rag {group} --help"
@@ -35,8 +38,16 @@ def build_parser() -> Parser:
     return parser
 
 
+def _beside_a_command(words: str) -> bool:
+    return words in COMMANDS and words.rpartition(" ")[0] in COMMANDS
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses a command line; a mistake ends the process with one sentence and status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    words = " ".join(arguments[:2])
+    if _beside_a_command(words):
+        arguments = [words, *arguments[2:]]
     given, unknown = build_parser().parse_known_args(arguments)
     given.parser.refuse_unknown(unknown)
     return given

@@ -9,6 +9,7 @@ from clipcap_rag import (
     calibrate_commands,
     caption_commands,
     convert_commands,
+    evaluate_commands,
     feature_commands,
     hub_commands,
     index_commands,
@@ -18,18 +19,13 @@ from clipcap_rag import (
     tag_commands,
     training_commands,
 )
-from clipcap_rag.config import EvaluationConfig, GenerationConfig, RetrievalConfig
 from clipcap_rag.flags import (
     CLIP_HELP,
-    INDEX_HELP,
-    MODEL_HELP,
     add_captions,
     add_compute,
-    add_config,
     add_json,
     add_out,
     make_config,
-    positive,
 )
 from clipcap_rag.output import DONE, SOME_FAILED, print_json
 from clipcap_rag.progress import say
@@ -75,48 +71,6 @@ def extract(given: Namespace) -> int:
     left_out = f"; {len(features.errors)} photos could not be read and are left out" if features.errors else ""
     print(f"{features.path}: {len(features)} photos, {captions} captions{left_out}")
     return SOME_FAILED if features.errors else DONE
-
-
-def _evaluate_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--features", required=True, metavar="DIR", help="feature set of photos that were not trained on"
-    )
-    text = f"index to caption with; each that is given is a condition (default: the model's own); {INDEX_HELP}"
-    parser.add_argument("--index", action="append", help=text)
-    text = "neighbour captions per photo (default: as the model was trained)"
-    parser.add_argument("--num-neighbors", type=positive, metavar="N", help=text)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and the predictions")
-    add_config(parser, RetrievalConfig, "what is retrieved")
-    add_config(parser, EvaluationConfig, "conditions")
-    add_config(parser, GenerationConfig, "writing", omit=("decoding",))
-    add_json(parser, "print the result as JSON instead of a table")
-    add_compute(parser)
-
-
-def evaluate(given: Namespace) -> int:
-    """Score a captioner on photos with reference captions: with each index, without, with random neighbours."""
-    config, generation = make_config(EvaluationConfig, given), make_config(GenerationConfig, given)
-    from clipcap_rag.evaluation import evaluate as run_evaluation
-    from clipcap_rag.evaluation import table
-
-    result = run_evaluation(
-        given.model,
-        given.features,
-        given.out,
-        indexes=given.index or ["default"],
-        num_neighbors=given.num_neighbors,
-        generation=generation,
-        config=config,
-        retrieval=make_config(RetrievalConfig, given),
-        device=given.device,
-        dtype=given.dtype,
-    )
-    if given.json:
-        print_json(result)
-    else:
-        print(table(result))
-    return DONE
 
 
 def _bench_flags(parser: ArgumentParser) -> None:
@@ -181,7 +135,8 @@ COMMANDS = {
     "caption": Command(caption_commands.caption_flags, caption_commands.caption),
     "tag": Command(tag_commands.tag_flags, tag_commands.tag),
     "calibrate": Command(calibrate_commands.calibrate_flags, calibrate_commands.calibrate),
-    "evaluate": Command(_evaluate_flags, evaluate),
+    "evaluate": Command(evaluate_commands.evaluate_flags, evaluate_commands.evaluate),
+    "evaluate compare": Command(evaluate_commands.compare_flags, evaluate_commands.compare),
     "convert features": Command(feature_commands.features_flags, feature_commands.features),
     "convert pickle": Command(feature_commands.pickle_flags, feature_commands.pickle),
     "convert clipcap": Command(convert_commands.clipcap_flags, convert_commands.clipcap),

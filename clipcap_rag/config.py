@@ -262,24 +262,50 @@ class RetrievalConfig(Config):
         object.__setattr__(self, "where", tuple(self.where))
 
 
+STUDIES = ("table", "robustness", "decoding", "leaks")
+
+
 @dataclass(frozen=True)
 class EvaluationConfig(Config):
-    """What is measured beside each index with each decoding."""
+    """What is measured, and on how many photos."""
 
+    studies: str = option(
+        "table",
+        "what to measure, separated by commas: table (each index, none and baselines), robustness (worse and worse "
+        "neighbours, and how many), decoding (greedy, beams, samples and their time), leaks (what an index knows of "
+        "the photos)",
+    )
     decodings: str = option("greedy,beam,sample", "decodings to compare, separated by commas")
-    random_neighbors: bool = option(False, "also write with random captions of the first index as neighbours")
-    rerank_sweep: bool = option(False, "also report the sampled candidates under other log-probability weights")
+    random_neighbors: bool = option(False, "in the table, also random captions of the first index as neighbours")
+    rerank_sweep: bool = option(False, "in the table, also the samples under other log-probability weights")
+    candidate_sizes: str = option("4,16,64,256,1000", "in the decoding study, numbers of samples, separated by commas")
+    same_photo: float = option(0.95, "in the leak study, cosine of image embeddings above which two photos are one")
     images: int = option(0, "evaluate the first so many photos only; 0 takes all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.names():
             GenerationConfig(decoding=name)
+        for name in self.chosen_studies():
+            _require(name in STUDIES, f"there is no study {name!r}; choose among {', '.join(STUDIES)}")
+        _require(
+            all(size.strip().isdecimal() and int(size) for size in self.candidate_sizes.split(",")),
+            f"candidate_sizes is {self.candidate_sizes!r}; give numbers from 1, separated by commas",
+        )
+        _require(0 < self.same_photo < 1, f"same_photo is {self.same_photo}; it must be between 0 and 1")
         _require(self.images >= 0, f"images is {self.images}; it must be 0 or more")
 
     def names(self) -> list[str]:
         """The decodings one by one."""
         return [name.strip() for name in self.decodings.split(",")]
+
+    def chosen_studies(self) -> list[str]:
+        """The studies one by one."""
+        return list(dict.fromkeys(name.strip() for name in self.studies.split(",")))
+
+    def sizes(self) -> list[int]:
+        """The numbers of samples one by one."""
+        return [int(size) for size in self.candidate_sizes.split(",")]
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,19 @@ def check_same_encoder(record: dict[str, Any], owner: str, other: dict[str, Any]
     remedy = "use one CLIP model for both"
     if len(image) != len(other_image):
         raise InputError(f"{ours}, but {theirs}; {remedy}")
-    cosines = [_cosine(image, other_image)]
-    cosines += [_cosine(text[sentence], other_text[sentence]) for sentence in text if sentence in other_text]
-    if not min(cosines) >= _SAME:  # also refuses NaN
-        raise InputError(f"{ours}, but {theirs}, whose embeddings differ (probe cosine {min(cosines):.2f}); {remedy}")
+    cosine = _smallest_cosine(text, image, other_text, other_image)
+    if not cosine >= _SAME:  # also refuses NaN
+        raise InputError(f"{ours}, but {theirs}, whose embeddings differ (probe cosine {cosine:.2f}); {remedy}")
+
+
+def same_encoder(record: dict[str, Any], owner: str, other: dict[str, Any], other_owner: str) -> bool:
+    """Whether two artefacts live in one embedding space, True where that cannot be told.
+
+    Raises:
+        InputError: a record is incomplete.
+    """
+    (text, image), (other_text, other_image) = _read(record, owner), _read(other, other_owner)
+    return len(image) == len(other_image) and not _smallest_cosine(text, image, other_text, other_image) < _SAME
 
 
 def _read(record: dict[str, Any], owner: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -76,6 +85,14 @@ def _read(record: dict[str, Any], owner: str) -> tuple[dict[str, np.ndarray], np
     except (KeyError, TypeError, ValueError):
         pass
     raise InputError(f"{owner} does not say completely which CLIP model made it; make it again")
+
+
+def _smallest_cosine(
+    text: dict[str, np.ndarray], image: np.ndarray, other_text: dict[str, np.ndarray], other_image: np.ndarray
+) -> float:
+    """Of the embeddings of the probe image and of the sentences that both records have."""
+    cosines = [_cosine(text[sentence], other_text[sentence]) for sentence in text if sentence in other_text]
+    return min([_cosine(image, other_image), *cosines])
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float:

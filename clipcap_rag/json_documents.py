@@ -20,15 +20,7 @@ def read_document(path: Path, format: str, split: str | None, bad: BadLines) -> 
     Raises:
         InputError: it is no such file, too large or of another format, or has no such split.
     """
-    with open_bytes(path) as stream:
-        content = stream.read(_LARGEST_JSON + 1)
-    if len(content) > _LARGEST_JSON:
-        raise InputError(f"{path} holds more than {_LARGEST_JSON >> 30} GB of JSON; convert it to JSON Lines")
-    try:
-        document = parse_json(content)
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); if it is JSON Lines pass --format jsonl") from error
-    del content
+    document = load_document(path)
     if isinstance(document, list):
         document = {"annotations": document}
     lists = {key: document[key] for key in ("images", "annotations")
@@ -46,8 +38,27 @@ def read_document(path: Path, format: str, split: str | None, bad: BadLines) -> 
     yield from entries
 
 
+def load_document(path: Path) -> Any:
+    """The JSON of a whole file, gzipped or not.
+
+    Raises:
+        InputError: it cannot be read, is too large or is no JSON.
+    """
+    with open_bytes(path) as stream:
+        content = stream.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise InputError(f"{path} holds more than {_LARGEST_JSON >> 30} GB of JSON; convert it to JSON Lines")
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); if it is JSON Lines pass --format jsonl") from error
+
+
 def _coco(path: Path, annotations: list, images: list, bad: BadLines) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Annotations with the file names of their images and, in nocaps, their domains; without images they have ids."""
+    """Annotations with the file names and ids of their images and, in nocaps, their domains.
+
+    Where a file lists no images the ids in the annotations are all there is.
+    """
     images = [image for image in images if isinstance(image, dict)]
     files = {str(image.get("id")): image.get("file_name") for image in images}
     domains = {str(image.get("id")): image["domain"] for image in images if image.get("domain")}
@@ -60,8 +71,10 @@ def _coco(path: Path, annotations: list, images: list, bad: BadLines) -> Iterato
             bad.report(f"{place}: image_id {short(image_id)} is not among the images")
         else:
             image = files.get(str(image_id))
+            meta = {"coco_id": str(image_id)} if image else {}
+            meta |= {"domain": domains[str(image_id)]} if str(image_id) in domains else {}
             values = {"captions": annotation.get("caption"), "image": image, "image_id": None if image else image_id}
-            yield place, values | {"meta": {"domain": domains[str(image_id)]} if str(image_id) in domains else None}
+            yield place, values | {"meta": meta}
 
 
 def _karpathy(path: Path, images: list, split: str | None, bad: BadLines) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,7 +93,8 @@ def _karpathy(path: Path, images: list, split: str | None, bad: BadLines) -> Ite
         elif split is None or image["split"] in wanted:
             folder, file = image.get("filepath"), image.get("filename")
             file = f"{folder}/{file}" if folder and isinstance(file, str) else file
-            meta = {"split": image["split"]} if "split" in image else None
+            meta = {"split": image["split"]} if "split" in image else {}
+            meta |= {"coco_id": image["cocoid"]} if "cocoid" in image else {}
             values = {"captions": [_sentence(sentence) for sentence in image["sentences"]], "image": file}
             yield place, values | {"meta": meta}
 

@@ -89,7 +89,7 @@ def sweep(
                 )
             scores = evaluate(
                 run,
-                validation_features,
+                [validation_features],
                 out / "evaluations" / name,
                 indexes=() if own is None else ("default",),
                 config=EvaluationConfig(decodings=",".join(_DECODINGS)),
@@ -127,7 +127,11 @@ def _row(preset: str, value: Any, run: Path, rows: list[dict[str, Any]]) -> dict
         "preset": preset,
         "value": value,
         "learned_parameters": learned_parameters(read_checkpoint(run / "best").model),
-    } | {decoding: {metric: scores[decoding][metric] for metric in _METRICS} for decoding in _DECODINGS}
+    } | {decoding: _values(scores[decoding]["metrics"]) for decoding in _DECODINGS}
+
+
+def _values(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {name: metrics[name]["value"] for name in _METRICS}
 
 
 def draw(result: dict[str, Any], file: Path) -> None:

@@ -12,7 +12,7 @@ from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Embeddings, Encoder, check_encoder
 from clipcap_rag.evidence import LEFT_OUT, Evidence, forced_log_probabilities, versions, weigh
-from clipcap_rag.generation import write_captions
+from clipcap_rag.generation import Written, write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.model import CaptionModel
 from clipcap_rag.neighbors import Neighbors
@@ -59,6 +59,13 @@ class Writer:
         """
         if not len(images.vectors):
             return []
+        written = self.written(images, neighbors, digests, generation)
+        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
+
+    def written(
+        self, images: Embeddings, neighbors: Neighbors, digests: Sequence[bytes], generation: GenerationConfig
+    ) -> list[list[Written]]:
+        """What the language model writes for each image, as it was drawn, unranked; arguments as of `write`."""
         written = []
         limit = 64  # images whose prefix is made at once
         for start in range(0, len(images.vectors), limit):
@@ -73,7 +80,7 @@ class Writer:
                 self.checkpoint.stop_token,
                 **self._words(around, generation),
             )
-        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
+        return written
 
     def _tensors(self, images: Embeddings, neighbors: Neighbors, dtype: torch.dtype) -> list[torch.Tensor]:
         """What the model's `prefix` and `forward` take of images and neighbours."""

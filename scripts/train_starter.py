@@ -65,7 +65,7 @@ def stages(data: Path, work: Path, device: str, workers: int) -> dict[str, Calla
         "release": lambda: release.release(work, ROOT),
         "starter_index": lambda: release.release_index(work, ROOT),
         "evaluation": lambda: evaluate(
-            "starter", work / "dev", work / "evaluation", indexes=("starter", str(work / "flickr8k")), device=device
+            "starter", [work / "dev"], work / "evaluation", indexes=("starter", str(work / "flickr8k")), device=device
         ),
         "card": lambda: card.write(work, ROOT),
     }  # fmt: skip

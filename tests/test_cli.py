@@ -26,6 +26,7 @@ from clipcap_rag.config import (
 )
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
+from clipcap_rag.judging import JudgingConfig
 from clipcap_rag.ngrams import PhraseOptions
 from clipcap_rag.sources import SourceOptions
 
@@ -53,6 +54,7 @@ MINIMAL = {
     "caption": ["photo.jpg", "--model", "m"],
     "calibrate": ["--model", "m", "--features", "f", "--out", "o"],
     "evaluate": ["--model", "m", "--features", "f", "--out", "o"],
+    "evaluate compare": ["a.jsonl", "b.jsonl", "captions.jsonl"],
     "convert features": ["f.pkl", "--clip", "x", "--out", "o"],
     "convert pickle": ["f", "--out", "o.pkl"],
     "convert clipcap": ["w.pt", "--out", "o"],
@@ -76,6 +78,9 @@ MADE_FROM = [
     ("sweep", ModelConfig, ("clip_dim", "lm_dim")),
     ("sweep", TrainConfig, ()),
     ("caption", GenerationConfig, ()),
+    ("evaluate", JudgingConfig, ()),
+    ("evaluate compare", JudgingConfig, ()),
+    ("evaluate compare", SourceOptions, ()),
 ]
 
 
@@ -180,6 +185,12 @@ def test_a_wrong_command_line_is_one_sentence_and_status_2(arguments, named, cap
         (["caption", "a.jpg", "--model", "m", "--no-retrieval", "--index", "i"], "--no-retrieval contradicts"),
         (["caption", "a.jpg", "--model", "m", "--top-p", "0"], "top_p is 0.0"),
         (["train", "--features", "f", "--language-model", "g", "--out", "o", "--max-neighbors", "99"], "99"),
+        (["evaluate"], "PREDICTIONS and REFERENCES, or --model, --features and --out"),
+        (["evaluate", "p.json"], "p.json needs references"),
+        (["evaluate", "p.json", "r.json", "--features", "f"], "--features is for writing captions"),
+        (["evaluate", "p.json", "r.json", "--num-beams", "3"], "--num-beams is for writing captions"),
+        (["evaluate", "--model", "m", "--features", "f", "--out", "o", "--no-java"], "--java is for PREDICTIONS"),
+        (["evaluate", "p.json", "r.json", "--clip", "c"], "--clip c is of no use without --photos"),
         (["index", "search", "i"], "either sentences or --images"),
         (["index", "search", "i", "a dog", "--images", "a.jpg"], "either sentences or --images"),
     ],

@@ -79,10 +79,11 @@ def test_evaluation_of_unseen_photos(small, tmp_path, capfd):
     words = ("--model", small.folder / "run", "--features", small.folder / "dev", "--out", tmp_path / "evaluation")
     run("evaluate", *words, "--decodings", "greedy", "--random-neighbors", "--index", small.folder / "own")
     result = json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    scores = {(row["neighbors"], row["decoding"]): row["CIDEr"] for row in result["rows"]}
-    assert set(scores) == {(name, "greedy") for name in ("own", "none", "random of own")} | {("own", "nearest caption")}
+    scores = {(row["neighbors"], row["decoding"]): row["metrics"]["CIDEr"]["value"] for row in result["rows"]}
+    expected = {(name, "greedy") for name in ("own", "none", "random of own")}
+    assert set(scores) == expected | {("own", f"{which} caption") for which in ("nearest", "consensus")}
     assert all(0 < score < 2 for score in scores.values())
-    assert result["excluded_rows"]["own"] == 0
+    assert result["features"][0]["excluded_rows"]["own"] == 0
 
 
 def test_the_real_clip_finds_captions(small):
@@ -102,6 +103,6 @@ def test_an_epoch_on_all_photos_beats_the_nearest_caption(tmp_path):
     words = ("--model", whole.folder / "run", "--features", whole.folder / "dev", "--out", tmp_path / "evaluation")
     run("evaluate", *words, "--decodings", "greedy")
     result = json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    scores = {(row["neighbors"], row["decoding"]): row["CIDEr"] for row in result["rows"]}
+    scores = {(row["neighbors"], row["decoding"]): row["metrics"]["CIDEr"]["value"] for row in result["rows"]}
     assert scores["own", "greedy"] > scores["own", "nearest caption"] > 0.2
     assert scores["own", "greedy"] > scores["none", "greedy"] - 0.01

@@ -129,9 +129,9 @@ def test_csv_with_captions_of_several_lines(write):
 def test_coco(write, name, indent):
     path = write(name, json.dumps(COCO, indent=indent))
     expected = [
-        CaptionRecord(DOGS, "000000000009", "val/000000000009.jpg", "c"),
-        CaptionRecord("A blue boat waits at the pier", "000000000007", "000000000007.jpg", "c"),
-        CaptionRecord(KITE, "000000000009", "val/000000000009.jpg", "c"),
+        CaptionRecord(DOGS, "000000000009", "val/000000000009.jpg", "c", {"coco_id": "9"}),
+        CaptionRecord("A blue boat waits at the pier", "000000000007", "000000000007.jpg", "c", {"coco_id": "7"}),
+        CaptionRecord(KITE, "000000000009", "val/000000000009.jpg", "c", {"coco_id": "9"}),
     ]
     assert read(path) == read(path, format="coco") == expected
 

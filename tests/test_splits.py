@@ -49,7 +49,12 @@ def test_karpathy_splits_with_restval_in_train(karpathy, images, tmp_path):
     }  # fmt: skip
     assert made.splits["train"].missing == ["train2014/photo-9.jpg"] and not made.splits["test"].missing
     assert rows(tmp_path / "out" / "train.jsonl") == [
-        {"image": f"{folder}/photo-{n}.jpg", "image_id": f"photo-{n}", "captions": [f"picture {n}", f"number {n}"]}
+        {
+            "image": f"{folder}/photo-{n}.jpg",
+            "image_id": f"photo-{n}",
+            "captions": [f"picture {n}", f"number {n}"],
+            "meta": {"coco_id": str(n)},
+        }
         for n, folder in enumerate(("train2014", "val2014"))
     ]
     manifest = json.loads((tmp_path / "out" / "splits.json").read_text())
@@ -139,7 +144,7 @@ def test_nocaps_keeps_its_domains(photo_folder, tmp_path, capsys):
             "image": f"photo-{n}.jpg",
             "image_id": f"photo-{n}",
             "captions": [f"picture {k}" for k in range(n, 5, 2)],
-            "meta": {"domain": domain},
+            "meta": {"coco_id": str(n), "domain": domain},
         }
         for n, domain in enumerate(("near-domain", "out-domain"))
     ]

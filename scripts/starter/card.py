@@ -28,7 +28,7 @@ def write(work: Path, root: Path) -> None:
         rounds=len(log),
         passes=len(list((work / "views").iterdir())),
         scores=_scores(results["rows"]),
-        recall=", ".join(f"{name} {100 * value:.1f}" for name, value in results["recall"].items()),
+        recall=", ".join(f"{name} {100 * value:.1f}" for name, value in results["features"][0]["recall"].items()),
     )
     release(work, root, text)
     (work / "card").mkdir()
@@ -61,7 +61,10 @@ def _times(log: Path) -> str:
 
 def _scores(rows: list[dict[str, Any]]) -> str:
     cells = {
-        (row["neighbors"], row["decoding"]): f"{100 * row['CIDEr']:.1f} / {100 * row['BLEU-4']:.1f}" for row in rows
+        (row["neighbors"], row["decoding"]): " / ".join(
+            f"{100 * row['metrics'][name]['value']:.1f}" for name in ("CIDEr", "BLEU-4")
+        )
+        for row in rows
     }
     lines = ["| neighbours | " + " | ".join(_DECODINGS.values()) + " |", "|---" * (len(_DECODINGS) + 1) + "|"]
     for neighbors, title in _NEIGHBORS.items():
