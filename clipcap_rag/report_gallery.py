@@ -119,7 +119,8 @@ def _choice(line: Mapping[str, Any]) -> Json:
         for found in line["candidates"][:_LISTED]
     ]
     neighbors = [
-        {name: _short(found[name]) for name in ("caption", "score", "index")} for found in line["neighbors"][:_LISTED]
+        {name: _short(found[name]) for name in ("caption", "score", "index", "route")}
+        for found in line["neighbors"][:_LISTED]
     ]
     return {"candidates": candidates, "neighbors": neighbors}
 

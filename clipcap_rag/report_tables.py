@@ -24,16 +24,18 @@ def sections(results: Row) -> list[Json]:
 
     Returns:
         {"id", "title", "note", "parts"}; a part is {"title"} with "table" {"columns", "rows"} or "chart" {"x", "y",
-        "series"}. A column without "digits" holds text; others hold numbers, or {"value", "low", "high"}, to be shown
-        times "scale". A series is {"name", "points"}, a point {"x", "y", "label"}.
+        "series"}, and "folded" if it is long. A column without "digits" holds text; others hold numbers, or {"value",
+        "low", "high"}, to be shown times "scale"; "more" marks those that are shown when asked for. A series is
+        {"name", "points"}, a point {"x", "y", "label"}.
     """
     made = (_captions(results), _robustness(results), _decodings(results), _leaks(results), _data(results))
     return [section for section in made if section["parts"]]
 
 
 def _captions(results: Row) -> Json:
-    rows = [row for row in results["rows"] if row["study"] == "table"]
-    written, weighed = _split(rows, lambda row: _WEIGHT.fullmatch(row["decoding"]))
+    rows = _of_study(results, "table")
+    weighed = [row for row in rows if _WEIGHT.fullmatch(row["decoding"])]
+    written = [row for row in rows if row not in weighed]
     parts = _matrices(written, _names(results)) if len(_names(results)) > 1 else []
     for title, own in _by_features(results, written):
         parts.append({"title": _joined("Scores", title), "table": _table(own)})
@@ -119,7 +121,8 @@ def _leaks(results: Row) -> Json:
         parts.append({"title": _joined("Found", title), "table": table})
         if pairs:
             table = {"columns": doubles, "rows": pairs}
-            parts.append({"title": _joined("Photos that nearly equal another", title), "table": table})
+            named = _joined("Photos that nearly equal another", title)
+            parts.append({"title": named, "table": table, "folded": True})
     for title, own in _by_features(results, _of_study(results, "leaks")):
         parts.append({"title": _joined("Scores with and without", title), "table": _table(own, photos=True)})
     note = "What the indexes know of the photos that are judged."
@@ -227,10 +230,6 @@ def _groups(rows: Sequence[Row], column: str) -> Iterator[tuple[str, list[Row]]]
     for row in rows:
         groups.setdefault(row[column], []).append(row)
     yield from groups.items()
-
-
-def _split(rows: Sequence[Row], special) -> tuple[list[Row], list[Row]]:
-    return [row for row in rows if not special(row)], [row for row in rows if special(row)]
 
 
 def _joined(title: str, features: str) -> str:

@@ -10,9 +10,9 @@ import pytest
 from clipcap_rag.report_page import page
 from clipcap_rag.report_tables import sections
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND"]
 MARKUP = "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> & <!--"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 UNDEFINED = {"value": None, "low": None, "high": None}
@@ -58,6 +58,7 @@ def results():
         "model": f"runs/{MARKUP}",
         "num_neighbors": 3,
         "generation": {"seed": 0},
+        "retrieval": {"route": "image"},
         "config": {"images": 0},
         "features": [features],
         "rows": rows,
@@ -68,7 +69,7 @@ def results():
 
 def written(caption, cider):
     candidate = {"caption": caption, "clip_similarity": 0.3, "log_probability": -9.5, "score": 0.1}
-    neighbor = {"caption": f"{MARKUP} near {caption}", "score": 0.8, "index": "birds"}
+    neighbor = {"caption": f"{MARKUP} near {caption}", "score": 0.8, "index": "birds", "route": "image"}
     return {"caption": caption, "cider": cider, "candidates": [candidate], "neighbors": [neighbor]}
 
 
@@ -212,7 +213,7 @@ def test_a_link_to_a_photo_unfolds_it(opened):
     titles = [heading["text"] for heading in document.all("h4")]
     assert titles == ["Neighbours", "Candidates with retrieval", "Candidates without"]
     shown = " ".join(table["text"] for table in document.all("table"))
-    assert f"{MARKUP} near {MARKUP} first.jpg on0.800birds" in shown and "0.1000.300−9.5" in shown
+    assert f"{MARKUP} near {MARKUP} first.jpg on0.800birds, by photo" in shown and "0.1000.300−9.5" in shown
 
 
 @browser
