@@ -86,8 +86,8 @@ def _thumbnails(shown: dict[str, Any], find: Callable[[str], Path]) -> dict[str,
             made[entry["image"]] = thumbnail(find(entry["image"]))
         except InputError as error:
             entry["problem"] = str(error)
-    missing = len(shown["entries"]) - len(made)
-    if missing:
-        problem = next(entry["problem"] for entry in shown["entries"] if "problem" in entry)
-        say(f"{missing} of {len(shown['entries'])} photos of {shown['features']} cannot be shown; the first: {problem}")
+    problems = [entry["problem"] for entry in shown["entries"] if "problem" in entry]
+    if problems:
+        total = len(shown["entries"])
+        say(f"{len(problems)} of {total} photos of {shown['features']} cannot be shown; the first: {problems[0]}")
     return made

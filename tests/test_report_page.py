@@ -138,7 +138,7 @@ class Document(HTMLParser):
 def opened(report, tmp_path):
     """A function that opens the page at a fragment, runs a script in it, and returns what it shows."""
 
-    def run(fragment="", script="") -> Document:
+    def run(fragment="", script="", report=report) -> Document:
         file = tmp_path / "report.html"
         thumbnails = {"photos": {"first.jpg": PIXEL, f"third {MARKUP}": PIXEL}}
         file.write_text(page(report, thumbnails).replace("</body>", f"<script>{script}</script></body>"))
@@ -204,6 +204,19 @@ def test_controls_work(opened):
     rows = [element["text"] for element in document.all("tr")][1:3]
     assert rows[0].startswith("none") and rows[1].startswith("birds")
     assert document.all("th", **{"aria-sort": "ascending"})[0]["text"] == "CIDEr"
+
+
+@browser
+def test_each_feature_set_has_its_gallery(opened, report):
+    (gallery,) = report["galleries"]
+    entries = [{**gallery["entries"][0], "image": "elsewhere.jpg", "problem": "there is no image elsewhere.jpg"}]
+    one_sided = {"features": "others", "on": None, "scores": {"off": gallery["scores"]["off"]}, "entries": entries}
+    both = {**report, "galleries": [gallery, {**gallery, **one_sided}]}
+    assert len(opened(report=both).photos) == 3
+    document = opened("#photos=others&sort=on", report=both)
+    assert document.photos == ["elsewhere.jpg"] and "with retrieval" not in document.all("article")[0]["text"]
+    choices = [option["text"] for option in document.all("option")]
+    assert choices == ["photos", "others", "CIDEr without", "best first", "worst first"]
 
 
 @browser
