@@ -1,4 +1,5 @@
 # `make demo` and `make test` work on a fresh machine: they make .venv, install into it once, and run.
+# As root on Debian, `make test` also installs the chromium that opens the page of a report.
 
 RUN := .venv/bin/python
 
@@ -8,6 +9,7 @@ demo: .venv/installed
 	@$(RUN) scripts/demo.py
 
 test: .venv/installed
+	@sh scripts/find_browser.sh
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(RUN) -m pytest $(PYTEST)

@@ -20,7 +20,7 @@ from clipcap_rag.judging import JudgingConfig
 from clipcap_rag.output import DONE, print_json
 from clipcap_rag.sources import SourceOptions
 
-_WRITING = ("features", "num_neighbors", "baseline", "training_features", "out")
+_WRITING = ("features", "num_neighbors", "baseline", "training_features", "out", "report", "report_photos")
 
 
 def evaluate_flags(parser: ArgumentParser) -> None:
@@ -45,6 +45,10 @@ def evaluate_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--training-features", metavar="DIR", help=text)
     text = "folder for results.json and the predictions; what is there already is not made again"
     parser.add_argument("--out", metavar="DIR", help=text)
+    text = "folder for report.html, a page to look at with photos, tables and curves, and report.json"
+    parser.add_argument("--report", metavar="DIR", help=text)
+    text = "photos on that page: half of them the best captioned, half the worst (default: 200)"
+    parser.add_argument("--report-photos", type=positive, metavar="N", help=text)
     _judging_flags(parser)
     add_config(parser, RetrievalConfig, "what is retrieved")
     add_config(parser, EvaluationConfig, "studies of a captioner")
@@ -63,7 +67,8 @@ def evaluate(given: Namespace) -> int:
 
     With PREDICTIONS and REFERENCES it scores what any captioner wrote. With --model, --features and --out it writes
     captions and scores those: with each index and without, with worse and worse neighbours, by every decoding, with and
-    without what an index knows of the photos. The same command again continues where it was killed.
+    without what an index knows of the photos; --report makes a page to look at. The same command again continues where
+    it was killed.
     """
     return _score(given) if given.predictions else _caption(given)
 
@@ -99,12 +104,20 @@ def _score(given: Namespace) -> int:
 def _caption(given: Namespace) -> int:
     if not (given.model and given.features and given.out):
         raise InputError("give PREDICTIONS and REFERENCES, or --model, --features and --out")
-    _refuse(given_fields(JudgingConfig, given) | given_fields(SourceOptions, given), "PREDICTIONS and REFERENCES")
+    judging = given_fields(JudgingConfig, given)
+    photos = judging.pop("photos", None)
+    _refuse(judging | given_fields(SourceOptions, given), "PREDICTIONS and REFERENCES")
+    if not given.report:
+        _refuse({"photos": photos, "report_photos": given.report_photos}, "--report")
     config, generation = make_config(EvaluationConfig, given), make_config(GenerationConfig, given)
     from clipcap_rag.baselines import named_checkpoints
     from clipcap_rag.evaluation import evaluate as run_evaluation
     from clipcap_rag.evaluation_table import table
+    from clipcap_rag.progress import say
+    from clipcap_rag.report import check_report, write_report
 
+    if given.report:
+        check_report(given.report, photos)
     result = run_evaluation(
         given.model,
         given.features,
@@ -123,6 +136,8 @@ def _caption(given: Namespace) -> int:
         print_json(result)
     else:
         print(table(result))
+    if given.report:
+        say(f"wrote {write_report(given.out, given.report, photos, given.report_photos or 200)}")
     return DONE
 
 

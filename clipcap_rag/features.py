@@ -24,7 +24,10 @@ _CHUNK = 512  # images between two points at which a killed extraction can conti
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """N photos: their ids, file names, captions and raw embeddings [N, D] float16, and what could not be read."""
+    """N photos: their ids, file names, captions and raw embeddings [N, D] float16, and what could not be read.
+
+    `folder` is where they were when they were encoded, None where that is not known.
+    """
 
     path: Path
     encoder: dict
@@ -34,6 +37,7 @@ class FeatureSet:
     captions: list[list[str]]
     embeddings: np.ndarray
     errors: list[str] = field(default_factory=list)
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -70,6 +74,7 @@ class FeatureSet:
             captions=captions,
             embeddings=np.load(path / "embeddings.npy", mmap_mode="r"),
             errors=manifest["errors"],
+            folder=Path(manifest["folder"]) if manifest.get("folder") else None,
         )
 
 
@@ -128,7 +133,7 @@ def extract_features(
     }
     with resumable_directory(out, job, overwrite) as staging:
         _encode(photos, encoder, staging, batch_size, workers)
-        _join(photos, staging, encoder, bad)
+        _join(photos, folder, staging, encoder, bad)
     return FeatureSet.open(out)
 
 
@@ -173,7 +178,7 @@ def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: i
             )
 
 
-def _join(photos: list[_Photo], staging: Path, encoder: Encoder, bad: BadLines) -> None:
+def _join(photos: list[_Photo], folder: Path, staging: Path, encoder: Encoder, bad: BadLines) -> None:
     """Makes the files of the feature set from the chunks, and removes these."""
     logs = sorted(staging.glob("chunk-*.json"))
     chunks = [json.loads(log.read_text()) for log in logs]
@@ -187,6 +192,7 @@ def _join(photos: list[_Photo], staging: Path, encoder: Encoder, bad: BadLines) 
         log.with_suffix(".npy").unlink()
     digests = [bytes.fromhex(digest) for chunk in chunks for digest in chunk["digests"]]
     fields = {"encoder": encoder.record(), "errors": errors, "bad_lines": bad.listed, "bad_line_count": bad.count}
+    fields["folder"] = str(folder.resolve()).encode(errors="replace").decode()
     captions = [photo.captions for photo in kept]
     write_tables(
         staging, [photo.image_id for photo in kept], [photo.path.name for photo in kept], digests, captions, fields
@@ -204,7 +210,7 @@ def write_tables(
     """Completes a feature set that so far is `embeddings.npy`; the lists have an entry per row of it.
 
     Args:
-        fields: what the manifest says: `encoder`, `errors`, `bad_lines` and `bad_line_count`.
+        fields: what the manifest says: `encoder`, `errors`, `bad_lines`, `bad_line_count`; `folder` if it is known.
     """
     photos = pa.table({"image_id": image_ids, "image": images, "digest": digests})
     texts = pa.table(

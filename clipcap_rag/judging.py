@@ -14,7 +14,9 @@ class JudgingConfig(Config):
 
     java: bool = option(True, "use the tokenizer, METEOR and SPICE of coco-caption, in Java, where they can run")
     clip: str | None = option(None, "CLIP model for CLIPScore and RefCLIPScore, best one the captioner never used")
-    photos: str | None = option(None, "folder of the photos, for CLIPScore")
+    photos: str | None = option(
+        None, "folder of the photos, for CLIPScore; or for --report, if it is not the one they were extracted from"
+    )
     instances: str | None = option(None, "COCO instances file of the photos, for CHAIR")
     synonyms: str | None = option(None, "more names of the instances, for CHAIR: lines of category, name, name")
     allow_missing: bool = option(False, "score the photos that have both caption and references, and count the others")

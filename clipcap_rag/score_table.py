@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-_AS_THEY_ARE = {"vocabulary": 0, "length": 1}  # decimals of what is no fraction
+DECIMALS = {"vocabulary": 0, "length": 1}  # of metrics that are no fraction
 
 
 def score_table(result: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def difference_table(result: dict[str, Any]) -> str:
 def _number(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
-    decimals = _AS_THEY_ARE.get(metric)
+    decimals = DECIMALS.get(metric)
     return f"{100 * value:.1f}" if decimals is None else f"{value:.{decimals}f}"
 
 

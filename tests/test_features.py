@@ -24,7 +24,7 @@ def test_embeddings_ids_and_captions_belong_together(world):
     expected = Encoder.load(world.clip, "cpu", "float32").encode_image([world.photos / row["image"] for row in rows])
     np.testing.assert_allclose(features.embeddings, expected.embeddings.raw, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(np.linalg.norm(features.unit_embeddings(), axis=1), 1, atol=1e-6)
-    assert features.digests == expected.digests
+    assert features.digests == expected.digests and features.folder == world.photos.resolve()
 
 
 def test_unreadable_photos_are_left_out_and_listed(world, tmp_path):

@@ -76,6 +76,7 @@ def test_clipcap_rag_is_the_only_top_level(wheel):
 def test_every_module_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("clipcap_rag/") and name.endswith(".py")}
+        assert "clipcap_rag/report.html" in archive.namelist()
         licences = [name for name in archive.namelist() if name.endswith("LICENSE")]
     assert packed == {f"clipcap_rag/{path.name}" for path in (ROOT / "clipcap_rag").glob("*.py")}
     assert licences
