@@ -4,7 +4,7 @@
 { command -v chromium || command -v google-chrome; } >/dev/null && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
-    install="apt-get install -qq -y --no-install-recommends chromium"
-    { $install || { apt-get update -qq && $install; }; } >/dev/null 2>&1 && exit 0
+    install="timeout 300 apt-get install -qq -y --no-install-recommends chromium"
+    { $install || { timeout 120 apt-get update -qq && $install; }; } >/dev/null 2>&1 && exit 0
 fi
 echo "chromium is not there and cannot be installed, so the report page is not tested in a browser; install it" >&2
