@@ -107,6 +107,33 @@ def tiny_lm(tiny_captions, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_writer(tiny_lm):
+    """Makes (model, tokenizer, prefixes [images, P, E]) of a captioner with random weights large enough to decide."""
+    from clipcap_rag.config import ModelConfig
+    from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
+
+    def make(seed: int, images: int, clip_dim: int, prefix_length: int):
+        torch.manual_seed(seed)
+        language_model, tokenizer = load_language_model(str(tiny_lm))
+        config = ModelConfig(
+            clip_dim=clip_dim,
+            lm_dim=language_model.config.n_embd,
+            prefix_length=prefix_length,
+            mapper_layers=1,
+            mapper_heads=2,
+        )
+        for parameter in language_model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+        language_model.tie_weights()
+        model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id).eval()
+        with torch.no_grad():
+            return model, tokenizer, model.prefix(torch.randn(images, clip_dim))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def world(tiny_clip, tiny_lm, photo_folder, tiny_captions, tmp_path_factory) -> SimpleNamespace:
     """The whole job on tiny parts: captions of eight photos, their index and features, another index, a trained run."""
     from clipcap_rag.config import ModelConfig, TrainConfig

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from clipcap_rag.config import GenerationConfig, ModelConfig
+from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.generation import write_captions
-from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
 from clipcap_rag.prompt import prompt_tokens
 
 D, P = 8, 3
@@ -16,20 +15,8 @@ DIGESTS = [bytes([number]) * 16 for number in range(4)]
 
 
 @pytest.fixture(scope="module")
-def captioner(tiny_lm):
-    torch.manual_seed(3)
-    language_model, tokenizer = load_language_model(str(tiny_lm))
-    config = ModelConfig(
-        clip_dim=D, lm_dim=language_model.config.n_embd, prefix_length=P, mapper_layers=1, mapper_heads=2
-    )
-    for parameter in language_model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    language_model.tie_weights()
-    model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id).eval()
-    with torch.no_grad():
-        prefix = model.prefix(torch.randn(4, D))
-    return model, tokenizer, prefix
+def captioner(make_writer):
+    return make_writer(seed=3, images=4, clip_dim=D, prefix_length=P)
 
 
 PROMPT = "two small children"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from clipcap_rag.config import GenerationConfig, ModelConfig
+from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.generation import write_captions
-from clipcap_rag.model import IGNORED, CaptionModel, build_mapper, load_language_model, load_tokenizer, tune
+from clipcap_rag.model import IGNORED, load_tokenizer
 from clipcap_rag.past import left_padded
 from clipcap_rag.retrieved_text import context_tokens, text_mode
 
@@ -16,19 +16,8 @@ NEIGHBORS = [["a brown dog rests by the sea", "an old man in a hat", "a red bicy
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_lm):
-    torch.manual_seed(5)
-    language_model, tokenizer = load_language_model(str(tiny_lm))
-    config = ModelConfig(
-        clip_dim=D, lm_dim=language_model.config.n_embd, prefix_length=P, mapper_layers=1, mapper_heads=2
-    )
-    for parameter in language_model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    language_model.tie_weights()
-    model = CaptionModel(build_mapper(config), tune(language_model, config), tokenizer.eos_token_id).eval()
-    with torch.no_grad():
-        return model, tokenizer, model.prefix(torch.randn(3, D))
+def parts(make_writer):
+    return make_writer(seed=5, images=3, clip_dim=D, prefix_length=P)
 
 
 def test_captions_are_written_best_first_as_in_training(tiny_lm):
