@@ -17,7 +17,7 @@ from clipcap_rag.flags import (
     positive,
 )
 from clipcap_rag.judging import JudgingConfig
-from clipcap_rag.output import DONE, print_json
+from clipcap_rag.output import DONE, print_result
 from clipcap_rag.sources import SourceOptions
 
 _WRITING = ("features", "num_neighbors", "baseline", "training_features", "out", "report", "report_photos")
@@ -94,10 +94,7 @@ def _score(given: Namespace) -> int:
         device=given.device,
         dtype=given.dtype,
     )
-    if given.json:
-        print_json(result)
-    else:
-        print(score_table(result))
+    print_result(result, given.json, score_table)
     return DONE
 
 
@@ -132,10 +129,7 @@ def _caption(given: Namespace) -> int:
         device=given.device,
         dtype=given.dtype,
     )
-    if given.json:
-        print_json(result)
-    else:
-        print(table(result))
+    print_result(result, given.json, table)
     if given.report:
         say(f"wrote {write_report(given.out, given.report, photos, given.report_photos or 200)}")
     return DONE
@@ -179,8 +173,5 @@ def compare(given: Namespace) -> int:
         device=given.device,
         dtype=given.dtype,
     )
-    if given.json:
-        print_json(result)
-    else:
-        print(difference_table(result))
+    print_result(result, given.json, difference_table)
     return DONE

@@ -5,7 +5,7 @@ from typing import Any
 
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.flags import INDEX_HELP, add_compute, add_config, add_json, add_out, given_fields
-from clipcap_rag.output import DONE, print_json
+from clipcap_rag.output import DONE, print_result
 from clipcap_rag.presets import PRESETS, configure, description
 from clipcap_rag.progress import say
 
@@ -95,8 +95,5 @@ def sweep(given: Namespace) -> int:
         device=given.device,
         dtype=given.dtype,
     )
-    if given.json:
-        print_json(result)
-    else:
-        print(table(result))
+    print_result(result, given.json, table)
     return DONE
