@@ -217,22 +217,29 @@ class CaptionIndex:
         share = int(allowed.sum()) / len(allowed)
         if not self._structures or share < _SMALL_SHARE:
             return self._exact.search(queries, k, allowed)
-        candidates = self._candidates(queries, math.ceil(fetch_size(k) / share), effort, allowed)
+        candidates = self._candidates(queries, k, share, effort, allowed)
         scores, rows = self._exact.rank(queries, candidates, k)
         short = rows[:, -1] < 0  # too few lists were probed, or too few of their rows are allowed
         if short.any():
             scores[short], rows[short] = self._exact.search(queries[short], k, allowed)
         return scores, rows
 
-    def _candidates(self, queries: np.ndarray, k: int, effort: dict[str, int], allowed: np.ndarray) -> np.ndarray:
-        """Candidate rows of every segment, from its structure or exactly; -1 for rows not allowed and for none."""
+    def _candidates(
+        self, queries: np.ndarray, k: int, share: float, effort: dict[str, int], allowed: np.ndarray
+    ) -> np.ndarray:
+        """Candidate rows of every segment, from its structure or exactly; -1 for rows not allowed and for none.
+
+        Args:
+            share: of the rows that are allowed.
+        """
         parts = []
         for number, segment in enumerate(self.files.segments):
             structure = self._structures.get(segment)
             if structure is None:
-                parts.append(flat_search(allowed_blocks(self.files, allowed, [number]), queries, k)[1])
+                parts.append(flat_search(allowed_blocks(self.files, allowed, [number]), queries, fetch_size(k))[1])
             else:
-                rows = structure.search(queries, min(k, len(segment.vectors)), effort)
+                fetch = min(math.ceil(fetch_size(k, structure.breadth) / share), len(segment.vectors))
+                rows = structure.search(queries, fetch, effort)
                 parts.append(np.where(rows >= 0, rows + self.files.starts[number], -1))
         rows = np.concatenate(parts, axis=1)
         return np.where((rows >= 0) & allowed[rows], rows, -1)

@@ -39,8 +39,13 @@ def widened(block: np.ndarray) -> np.ndarray:
         return torch.from_numpy(np.asarray(block)).float().numpy()
 
 
-def fetch_size(k: int) -> int:
-    return k + k // 8 + _SLACK
+def fetch_size(k: int, breadth: int = 1) -> int:
+    """How many candidates to take for the best k.
+
+    Args:
+        breadth: candidates per result that is wanted; more than 1 where their order is only roughly known.
+    """
+    return breadth * k + k // 8 + _SLACK
 
 
 def faiss_reason(error: Exception) -> str:

@@ -17,6 +17,7 @@ from clipcap_rag.flat_search import BLOCK, faiss_reason, fetch_size, flat_search
 from clipcap_rag.hardware import free_memory
 from clipcap_rag.index_store import EMBEDDINGS
 from clipcap_rag.progress import say
+from clipcap_rag.structure_reader import breadth_of
 
 EXACT_LIMIT = 1_000_000  # rows up to which `auto` searches exactly
 _TUNED_WITH = 500  # queries
@@ -167,6 +168,7 @@ def _tune(structure: Any, vectors: np.ndarray, queries: np.ndarray) -> dict[str,
         for start in range(0, len(vectors), BLOCK)
     )
     count = min(10, len(vectors))
+    fetched = min(fetch_size(count, breadth_of(structure)), len(vectors))
     truth = flat_search(blocks, queries, count)[1]
     inverted = faiss.try_extract_index_ivf(structure)
     if inverted:
@@ -178,13 +180,13 @@ def _tune(structure: Any, vectors: np.ndarray, queries: np.ndarray) -> dict[str,
     for value in values:
         if name:
             faiss.ParameterSpace().set_index_parameter(structure, name, value)
-        found = structure.search(queries, min(fetch_size(count), len(vectors)))[1]
+        found = structure.search(queries, fetched)[1]
         recall = float(np.mean([len(np.intersect1d(*pair)) / count for pair in zip(truth, found, strict=True)]))
         if recall >= _RECALL:
             break
     start = time.perf_counter()
     for query in queries[:50]:
-        structure.search(query[None], fetch_size(10))
+        structure.search(query[None], fetched)
     latency = (time.perf_counter() - start) / min(50, len(queries)) * 1000
     return {
         "parameters": {name: value} if name else {},

@@ -13,6 +13,8 @@ from clipcap_rag.hardware import pick_device
 from clipcap_rag.progress import say
 
 _GPU_SHARE = 0.8  # of the free GPU memory that one index may take
+_GPU_MOST = 2048  # results per query of FAISS on a GPU
+_CODED_BREADTH = 32  # candidates per result from codes; 250 rows to a cluster and 32 bytes a row want about so many
 
 
 class StructureReader:
@@ -20,6 +22,7 @@ class StructureReader:
 
     Attributes:
         effort: what says how thoroughly it looks: `nprobe`, `ef_search`, or "" where nothing does.
+        breadth: candidates to take per result that is wanted, since codes order rows only roughly.
     """
 
     def __init__(self, file: Path, rows: int, dim: int, gpu: int | None):
@@ -30,14 +33,32 @@ class StructureReader:
                 f"{rows} of width {dim}; make the index again"
             )
         self.effort = next((name for name in ("nprobe", "ef_search") if _parameters(self._structure, {name: 1})), "")
+        self.breadth = breadth_of(self._structure)
+        self._most = _GPU_MOST if _on_any_gpu(self._structure) else rows
 
     def search(self, queries: np.ndarray, k: int, effort: dict[str, int]) -> np.ndarray:
-        """Candidate places [B, k] in the segment, -1 where it finds fewer.
+        """Candidate places [B, up to k] in the segment, -1 where it finds fewer.
 
         Args:
+            k: on a GPU at most 2048 are found, FAISS's limit there.
             effort: `nprobe` or `ef_search` instead of what the structure was tuned to.
         """
-        return self._structure.search(queries, k, params=_parameters(self._structure, effort))[1]
+        return self._structure.search(queries, min(k, self._most), params=_parameters(self._structure, effort))[1]
+
+
+def breadth_of(structure: Any) -> int:
+    """Candidates to take per result: 1 from vectors in full, more from codes of them."""
+    import faiss
+
+    structure = faiss.downcast_index(structure)
+    if isinstance(structure, faiss.IndexPreTransform):
+        return breadth_of(structure.index) if structure.index.d == structure.d else _CODED_BREADTH
+    if isinstance(structure, faiss.IndexHNSW):
+        return breadth_of(structure.storage)
+    full = (faiss.IndexFlat, faiss.IndexIVFFlat, faiss.IndexRefine)
+    if hasattr(faiss, "GpuIndexIVFFlat"):
+        full += (faiss.GpuIndexFlat, faiss.GpuIndexIVFFlat)
+    return 1 if isinstance(structure, full) else _CODED_BREADTH
 
 
 def gpu_number(device: str) -> int | None:
@@ -94,10 +115,16 @@ def _on_gpu(file: Path, gpu: int) -> Any:
     except (RuntimeError, MemoryError) as error:
         say(f"FAISS cannot put {file} on the GPU ({faiss_reason(error)}): using the CPU")
         return None
-    if isinstance(faiss.downcast_index(moved), faiss.GpuIndex):
+    if _on_any_gpu(moved):
         return moved
     say(f"FAISS has no search on a GPU for {file}: using the CPU")
     return None
+
+
+def _on_any_gpu(structure: Any) -> bool:
+    import faiss
+
+    return hasattr(faiss, "GpuIndex") and isinstance(faiss.downcast_index(structure), faiss.GpuIndex)
 
 
 def _parameters(structure: Any, effort: dict[str, int]) -> Any:

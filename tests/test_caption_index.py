@@ -235,7 +235,7 @@ def test_ivf_is_memory_mapped(tmp_path):
 
 
 def test_a_poor_or_slow_structure_is_reported(tmp_path, capsys):
-    np.save(tmp_path / "embeddings.npy", clustered(1000, 16).astype(np.float16))
+    np.save(tmp_path / "embeddings.npy", clustered(20_000, 16).astype(np.float16))
     config = IndexConfig(index_key="PQ1x4", index_latency=1e-6)
     report = build_search_structure(tmp_path / "embeddings.npy", config, tmp_path / "search.faiss")
     assert report["recall_at_10"] < 0.95
