@@ -14,6 +14,7 @@ from clipcap_rag.features import FeatureSet
 from clipcap_rag.model import IGNORED
 from clipcap_rag.retrieved_text import context_tokens
 from clipcap_rag.sources import normalize_caption
+from clipcap_rag.word_bonus import WordBonus, neighbor_bonus
 
 _BUCKET = 64  # batches sorted by length together
 _ORDER, _NOISE = 0, 1  # streams of random numbers
@@ -22,14 +23,17 @@ _ORDER, _NOISE = 0, 1  # streams of random numbers
 @dataclass(frozen=True)
 class Batch:
     """tokens [B, T] with the end token and IGNORED padding; inputs = image embedding [B, D] and, with an index,
-    neighbour embeddings [B, K, D], scores [B, K] and mask [B, K]; context = the neighbours' words [B, C]."""
+    neighbour embeddings [B, K, D], scores [B, K] and mask [B, K]; context = the neighbours' words [B, C]; bonus = what
+    the neighbours' words raise when captions are written."""
 
     tokens: Tensor
     inputs: tuple[Tensor, ...]
     context: Tensor
+    bonus: WordBonus | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), tuple(part.to(device) for part in self.inputs), self.context.to(device))
+        inputs, bonus = tuple(part.to(device) for part in self.inputs), self.bonus and self.bonus.to(device)
+        return Batch(self.tokens.to(device), inputs, self.context.to(device), bonus)
 
 
 class CaptionBatches:
@@ -59,6 +63,7 @@ class CaptionBatches:
         self.features, self.index, self.neighbor_rows = features, index, neighbor_rows
         self.tokenizer, self.room = tokenizer, room
         self.model, self.config = model, config
+        self.captioned = np.array([row for row in rows if features.captions[row]], np.int64)
         self.photo = np.array([row for row in rows for _ in features.captions[row]], np.int64)
         texts = [caption for row in rows for caption in features.captions[row]]
         encoded = tokenizer(texts)["input_ids"] if texts else []
@@ -89,6 +94,25 @@ class CaptionBatches:
             random = self._random(_NOISE, epoch, number)
             rows = None if self.index is None else self._noisy_rows(self.photo[captions], random)
             yield self._batch(captions, rows, random)
+
+    @property
+    def photo_batches(self) -> int:
+        """Batches of one epoch over photos."""
+        return -(-len(self.captioned) // self.config.batch_size)
+
+    def photo_epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """The photos' rows [B] of each batch, and the batch without captions, in a random order."""
+        shuffled = self._random(_ORDER, epoch, 1).permutation(self.captioned)
+        for number in range(skip, self.photo_batches):
+            photos = shuffled[number * self.config.batch_size : (number + 1) * self.config.batch_size]
+            random = self._random(_NOISE, epoch, number)
+            rows = None if self.index is None else self._noisy_rows(photos, random)
+            inputs = self.inputs(photos, rows, random)
+            wordless = random.random() < self.config.text_dropout
+            context = self.context(None if wordless else rows, len(photos))
+            retrieved = None if rows is None else rows[:, 0] >= 0
+            bonus = self.bonus(photos, retrieved)
+            yield photos, Batch(torch.zeros(len(photos), 0, dtype=torch.long), inputs, context, bonus)
 
     def plain(self) -> Iterator[Batch]:
         """Every caption once, in length order, with the nearest neighbours and no noise."""
@@ -141,12 +165,28 @@ class CaptionBatches:
             shown = [self.index.captions(own[own >= 0][:count]) for own in rows]
         return context_tokens(self.tokenizer, shown, count, self.room)
 
+    def bonus(self, photos: np.ndarray, retrieved: np.ndarray | None = None) -> WordBonus | None:
+        """What the words of the nearest `num_neighbors` raise for photos [B]; None for a model that does without.
+
+        Args:
+            retrieved: [B] bool, the photos that have neighbours at all; None for all.
+        """
+        if self.index is None or not self.config.raises_words:
+            return None
+        rows = self.neighbor_rows[photos, : self.config.num_neighbors]
+        present = rows >= 0 if retrieved is None else (rows >= 0) & retrieved[:, None]
+        embeddings = self.index.embeddings(np.where(present, rows, 0)).astype(np.float32)
+        scores = np.einsum("bd,bkd->bk", self.features.unit_embeddings(photos), embeddings)
+        captions = [self.index.captions(own[kept]) for own, kept in zip(rows, present, strict=True)]
+        kept = [own[mask] for own, mask in zip(scores, present, strict=True)]
+        return neighbor_bonus(self.tokenizer, captions, kept, [self.index], frozenset(), 1.0)
+
     def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Neighbour rows [B, K] as training shows them: fewer, from further down, random ones, or none.
 
         Top 1 plus a sample of the pool follows Li et al. 2024 (arXiv 2406.02265), with fresh draws for every caption.
         """
-        config, pool = self.config, self.neighbor_rows[photos]  # [B, pool]
+        config, pool = self.config, self.neighbor_rows[photos, : self.config.neighbor_pool]  # [B, pool]
         B, K = len(photos), config.max_neighbors
         places = np.broadcast_to(np.arange(pool.shape[1], dtype=np.float64), pool.shape).copy()
         sampled = random.random(B) < config.pool_sampling

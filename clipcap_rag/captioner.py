@@ -18,6 +18,7 @@ from clipcap_rag.encoder import Embeddings, EncodedImages
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import image_name
 from clipcap_rag.index_choice import IndexChoice, OpenIndexes
+from clipcap_rag.neighbors import LISTED
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.retriever import Retriever
 from clipcap_rag.shipped import mending
@@ -146,7 +147,7 @@ class Captioner(Writer):
             neighbors = retriever.search(kept.vectors, k)
             digests = [batch.digests[place] for place in good]
             ranked = self.write(kept, neighbors, digests, generation, ranker)
-            listed = neighbors.listed()
+            listed = neighbors.first(LISTED).listed()
             words = self.prefix_words(kept, neighbors) if explain_prefix else [None] * len(good)
             rows = iter(range(len(good)))
             for place, error in enumerate(batch.errors):

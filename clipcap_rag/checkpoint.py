@@ -38,6 +38,7 @@ class Checkpoint:
         language_model: folder or hub id that it started from.
         index: path, name and revision of the index it was trained with, or None.
         num_neighbors: neighbours per image unless a call says otherwise.
+        mapper_neighbors: most of them that the mapper is shown; 0 shows it all.
         text_neighbors: how many neighbours' words it has learned to read; 0 if none.
         training: settings and scores of the training run.
         words: those of its training captions, case folded; empty if they are not known.
@@ -51,10 +52,16 @@ class Checkpoint:
     language_model: str
     index: dict[str, Any] | None = None
     num_neighbors: int = 0
+    mapper_neighbors: int = 0
     text_neighbors: int = 0
     training: dict[str, Any] = field(default_factory=dict)
     stop_token: str = ""
     words: frozenset[str] = frozenset()
+
+    @property
+    def raises_words(self) -> bool:
+        """Whether it was trained to write with its neighbours' words raised."""
+        return 0 < self.mapper_neighbors < self.num_neighbors and not self.text_neighbors
 
     def write(self, folder: Path, dtype: torch.dtype = torch.float32, card: str | None = None) -> None:
         """Fills the directory `folder`; weights that were not tuned stay where they came from.
@@ -79,6 +86,7 @@ class Checkpoint:
             "language_model": {"name": self.language_model, "config": config},
             "index": self.index,
             "num_neighbors": self.num_neighbors,
+            "mapper_neighbors": self.mapper_neighbors,
             "text_neighbors": self.text_neighbors,
             "training": self.training,
             "stop_token": self.stop_token,
@@ -88,7 +96,8 @@ class Checkpoint:
     def _card(self) -> str:
         learned = sum(tensor.numel() for tensor in learned_state(self.model).values())
         scores = self.training.get("scores", {})
-        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items())
+        shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in scores.items()}
+        rows = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
         index = f"index {self.index['name']} (revision {self.index['revision']})" if self.index else "no index"
         return (
             f"# Captioner\n\nMade by clipcap-rag. {self.config.mapper} mapper from {self.encoder['clip']} "
@@ -147,6 +156,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         language_model=source["name"],
         index=manifest["index"],
         num_neighbors=manifest["num_neighbors"],
+        mapper_neighbors=manifest.get("mapper_neighbors", 0),
         text_neighbors=manifest.get("text_neighbors", 0),
         training=manifest["training"],
         stop_token=manifest.get("stop_token", ""),

@@ -106,17 +106,23 @@ class GenerationConfig(Config):
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
+    agreement_weight: float = option(
+        270.0,
+        "likewise, of a candidate's agreement (0 to 1) in n-grams with its neighbours' captions; for models that "
+        "retrieve more neighbours than their mapper is shown",
+    )
     prompt: str = option("", "words that every caption starts with; the model continues them")
     retrieved_text: str = option(
         "auto",
         "what the neighbours' words do: nothing, stand before the caption (for a model trained with --text-neighbors), "
-        "or raise the probability of what they say; auto is prompt for such a model, else off",
+        "or raise the probability of what they say; auto is prompt for such a model, bias for one that retrieves more "
+        "neighbours than its mapper is shown, else off",
         ("auto", "off", "prompt", "bias"),
     )
     bias_strength: float = option(
         1.0,
-        "with bias: 1 raises a word that no training caption had by as many nats as it is more frequent among the "
-        "neighbours than in the index, in logarithms; words that were trained on get less",
+        "with bias: how much words and pairs of tokens that the neighbours share are raised; 1 raises a word that no "
+        "training caption had by the logarithm of how much more frequent it is among them than in the index",
     )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 
@@ -129,6 +135,7 @@ class GenerationConfig(Config):
             self.log_probability_weight >= 0,
             f"log_probability_weight is {self.log_probability_weight}; it must be 0 or more",
         )
+        _require(self.agreement_weight >= 0, f"agreement_weight is {self.agreement_weight}; it must be 0 or more")
         _require(self.bias_strength >= 0, f"bias_strength is {self.bias_strength}; it must be 0 or more")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
@@ -166,7 +173,10 @@ class TrainConfig(Config):
     validation_images: int = option(500, "at most this many validation images are captioned for greedy CIDEr")
     patience: int = option(3, "epochs without a better validation CIDEr before training stops; 0 never stops early")
     neighbor_pool: int = option(50, "nearest captions stored per image, from which neighbours are drawn (K_max)")
-    max_neighbors: int = option(8, "most neighbours shown in training")
+    max_neighbors: int = option(8, "most neighbours shown to the mapper")
+    num_neighbors: int = option(
+        100, "neighbours retrieved in use; the words of those that the mapper is not shown help to write and to rank"
+    )
     retrieval_dropout: float = option(0.15, "probability that a caption is trained with no neighbours at all")
     vary_neighbors: float = option(0.5, "probability of fewer neighbours than max_neighbors, uniform from 1")
     pool_sampling: float = option(0.5, "probability of top 1 plus a sample of the pool instead of the nearest")
@@ -175,31 +185,45 @@ class TrainConfig(Config):
     image_noise: float = option(0.0, "length of the Gaussian noise added to an image embedding, relative to its own")
     text_neighbors: int = option(0, "most neighbours whose words stand before the caption; 0 trains without words")
     text_dropout: float = option(0.3, "probability that a batch is trained without its neighbours' words")
+    text_epochs: int = option(1, "with --text-index: passes over its captions, as if they were photos, at first")
+    reward_epochs: int = option(0, "passes over the photos at last that raise the CIDEr of sampled captions")
+    reward_samples: int = option(5, "captions per photo that are compared, the greedy one among them")
+    reward_learning_rate: float = option(5e-5, "peak learning rate of AdamW in those passes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
+        for name in ("batch_size", "accumulate", "max_caption_tokens", "neighbor_pool"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("validation_fraction", "retrieval_dropout", "vary_neighbors", "pool_sampling", "random_neighbors",
                      "text_dropout"):  # fmt: skip
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        for name in ("seed", "validation_images", "patience", "max_neighbors", "weight_decay", "gradient_clip",
-                     "neighbor_noise", "image_noise", "text_neighbors"):  # fmt: skip
+        for name in ("seed", "epochs", "text_epochs", "reward_epochs", "validation_images", "patience", "max_neighbors",
+                     "weight_decay", "gradient_clip", "neighbor_noise", "image_noise", "text_neighbors"):  # fmt: skip
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be 0 or more")
         _require(
             0 <= self.warmup < 1 or (self.warmup > 0 and float(self.warmup).is_integer()),
             f"warmup is {self.warmup}; give a part of the training below 1 or a whole number of batches",
         )
-        for name in ("learning_rate", "lm_learning_rate"):
+        _require(self.reward_samples >= 2, f"reward_samples is {self.reward_samples}; it must be at least 2")
+        for name in ("learning_rate", "lm_learning_rate", "reward_learning_rate"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
         _require(
             self.max_neighbors <= self.neighbor_pool,
             f"max_neighbors {self.max_neighbors} exceeds neighbor_pool {self.neighbor_pool}; raise the pool",
         )
         _require(
+            self.num_neighbors >= self.max_neighbors,
+            f"num_neighbors {self.num_neighbors} is below max_neighbors {self.max_neighbors}; raise it",
+        )
+        _require(
             self.text_neighbors <= self.max_neighbors,
             f"text_neighbors {self.text_neighbors} exceeds max_neighbors {self.max_neighbors}; raise that",
         )
+
+    @property
+    def raises_words(self) -> bool:
+        """Whether the neighbours' words raise what is written, rather than stand before it."""
+        return self.num_neighbors > self.max_neighbors and not self.text_neighbors
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from clipcap_rag.neighbor_conditions import Condition
 from clipcap_rag.prediction_files import PredictionFiles, Predictions, candidate_json, candidates_of
 from clipcap_rag.progress import say
 from clipcap_rag.ranker import Ranker
-from clipcap_rag.rerank import Candidate, by_likelihood, distinct, reweighted
+from clipcap_rag.rerank import Candidate, RerankWeights, by_likelihood, distinct, reweighted
 
 BEAMS = (2, 3, 4, 5)
 SCORERS = ("log-probability", "CLIP", "both")
@@ -78,7 +78,9 @@ class DecodingStudy:
             images = self._condition.images(self._photos.embeddings, part)
             neighbors, digests = self._condition.neighbors.part(part), self._photos.digests[part]
             written = captioner.written(images, neighbors, digests, self._sampling)
-            return [_as_drawn(found, ranker, image) for found, image in zip(written, images.vectors, strict=True)]
+            agreed = ranker.agreements(written, captioner.judges(neighbors))
+            parts = zip(written, images.vectors, agreed, strict=True)
+            return [_as_drawn(found, ranker, image, agreements) for found, image, agreements in parts]
 
         name = f"{self._condition.name}, {self._sizes[-1]} samples"
         made_from = (self._subject.identity, self._sampling.to_json(), "as drawn")
@@ -101,8 +103,10 @@ class DecodingStudy:
         likeliest = sorted(candidates, key=lambda found: -found.mean_log_probability)
         if scorer == "log-probability":
             return likeliest
-        weight = self._generation.log_probability_weight if scorer == "both" else 0.0
-        return reweighted(likeliest, self._subject.captioner.encoder.logit_scale, weight)
+        weights = RerankWeights(0.0, 0.0)
+        if scorer == "both":
+            weights = RerankWeights(self._generation.log_probability_weight, self._generation.agreement_weight)
+        return reweighted(likeliest, self._subject.captioner.encoder.logit_scale, weights)
 
     @cached_property
     def _seconds(self) -> dict[int, tuple[float, float]]:
@@ -115,21 +119,25 @@ class DecodingStudy:
             settings, began = self._sample_settings(size), time.perf_counter()
             written = captioner.written(images, neighbors, digests, settings)
             drawn = time.perf_counter()
-            Ranker(captioner.encoder).rank(written, images.vectors, settings)
+            Ranker(captioner.encoder).rank(written, images.vectors, settings, captioner.judges(neighbors))
             ranked = time.perf_counter()
             seconds[size] = round((drawn - began) / len(digests), 6), round((ranked - began) / len(digests), 6)
         return seconds
 
 
-def _as_drawn(written: Sequence[Written], ranker: Ranker, image: np.ndarray) -> dict[str, Any]:
+def _as_drawn(
+    written: Sequence[Written], ranker: Ranker, image: np.ndarray, agreements: Sequence[float]
+) -> dict[str, Any]:
     """The line of one photo: each text once for each way in which it was written."""
     first: dict[tuple[str, float], int] = {}
-    kept = []
-    for number, found in enumerate(written):
-        if found.caption and first.setdefault((found.caption, found.log_probability), number) == number:
-            kept.append(found)
+    kept = [
+        number
+        for number, found in enumerate(written)
+        if found.caption and first.setdefault((found.caption, found.log_probability), number) == number
+    ]
+    texts, agreed = [written[number] for number in kept], [agreements[number] for number in kept if agreements]
     candidates = [
         candidate_json(one) | {"drawn": first[one.caption, one.log_probability]}
-        for one in by_likelihood(kept, ranker.embed([found.caption for found in kept]), image)
+        for one in by_likelihood(texts, ranker.embed([found.caption for found in texts]), image, agreed)
     ]
     return {"caption": candidates[0]["caption"] if candidates else None, "candidates": candidates}

@@ -18,12 +18,13 @@ from clipcap_rag.neighbor_conditions import LOW_RANK, Condition, nearest, none, 
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles, Predictions, candidates_of
 from clipcap_rag.progress import say
-from clipcap_rag.rerank import reweighted
+from clipcap_rag.rerank import RerankWeights, reweighted
 from clipcap_rag.retriever import Exclusion, Retriever
 from clipcap_rag.robustness import effects
 from clipcap_rag.scoring import score
 
 WEIGHTS = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0)  # of the log-probability, tried by the sweep
+AGREEMENTS = (0.0, 50.0, 100.0, 200.0, 300.0, 500.0, 1000.0)  # weights of the agreement, likewise
 Found = Iterator[tuple[str, dict[str, Any]]]  # a list of results.json and an entry of it, but for `features`
 
 
@@ -155,15 +156,19 @@ class Studies:
                 yield from self._reweighted(study, condition, written, subject or self._subject)
 
     def _reweighted(self, study: str, condition: Condition, written: Predictions, subject: Subject) -> Found:
-        """The same samples in the order of other log-probability weights."""
-        scale, chosen = subject.captioner.encoder.logit_scale, {weight: [] for weight in WEIGHTS}
+        """The same samples in the order of other weights of log-probability and of agreement."""
+        scale, settings = subject.captioner.encoder.logit_scale, self._generation
+        tried = {f"weight {weight:g}": RerankWeights(weight, settings.agreement_weight) for weight in WEIGHTS} | {
+            f"agreement {weight:g}": RerankWeights(settings.log_probability_weight, weight) for weight in AGREEMENTS
+        }
+        chosen: dict[str, list[str]] = {name: [] for name in tried}
         for line in written.lines():
-            for weight, captions in chosen.items():
-                best = reweighted(candidates_of(line), scale, weight)
-                captions.append(best[0].caption if best else "")
-        for weight, captions in chosen.items():
+            for name, weights in tried.items():
+                best = reweighted(candidates_of(line), scale, weights)
+                chosen[name].append(best[0].caption if best else "")
+        for name, captions in chosen.items():
             ordered = dataclasses.replace(written, captions=captions)
-            yield self._row(study, condition, f"sample, weight {weight:g}", ordered)
+            yield self._row(study, condition, f"sample, {name}", ordered)
 
     def _captioned(self, condition: Condition, decoding: str, subject: Subject | None = None) -> Predictions:
         settings = dataclasses.replace(self._generation, decoding=decoding)

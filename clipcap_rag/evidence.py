@@ -1,7 +1,7 @@
 """Why a caption says what it says: what each neighbour changed, and which words image and neighbours support."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,12 +99,11 @@ class Evidence:
         }
 
 
-def versions(image: Embeddings, neighbors: Neighbors) -> tuple[Embeddings, Neighbors]:
-    """The inputs of one image in S = 4 + K versions for its K neighbours.
+def versions(image: Embeddings, neighbors: Neighbors, K: int) -> tuple[Embeddings, Neighbors]:
+    """The inputs of one image in S = 4 + K versions for the first K of its neighbours.
 
-    They are: as they are, without the image, without both, without neighbours, then without each of the neighbours.
+    They are: as they are, without the image, without both, without neighbours, then without each of the K.
     """
-    K = len(neighbors.captions[0])
     seen, kept = np.ones(_EACH + K, np.float32), np.ones((_EACH + K, neighbors.rows.shape[1]), bool)
     seen[[_NEIGHBORS, _NEITHER]] = 0
     kept[[_IMAGE, _NEITHER]] = False
@@ -131,16 +130,8 @@ def forced_log_probabilities(
     logits = model(forced, *inputs, context=context)[:, len(prompt) :].float()  # [S, T, V]
     forced = forced[:, len(prompt) :]  # [S, T]
     if bonus is not None:
-        logits = torch.stack(list(_raised(logits, forced, bonus)), dim=1)
+        logits = bonus.raised(logits, forced)
     return logits.log_softmax(-1).gather(2, forced[..., None])[..., 0].cpu().numpy()
-
-
-def _raised(logits: Tensor, tokens: Tensor, bonus: WordBonus) -> Iterator[Tensor]:
-    """The logits [S, V] of each step with the bonus that writing these tokens left."""
-    yield bonus.add(logits[:, 0])
-    for step in range(1, tokens.shape[1]):
-        bonus = bonus.without(tokens[:, step - 1])
-        yield bonus.add(logits[:, step], tokens[:, step - 1])
 
 
 def weigh(

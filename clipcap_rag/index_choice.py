@@ -92,7 +92,7 @@ class OpenIndexes:
             [choice.most for choice in chosen],
             retrieval,
         )
-        if k > retriever.available:
+        if num_neighbors is not None and k > retriever.available:
             say(f"{k} neighbours were asked for but {retriever.available} captions may be retrieved; using these")
         return retriever, k
 

@@ -1,5 +1,6 @@
 """The picture of a training run: losses and validation CIDEr by epoch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ from clipcap_rag.errors import missing_extra
 
 
 def draw_losses(history: list[dict[str, Any]], out: Path) -> None:
-    """Writes a PNG with training and validation loss and CIDEr from the entries of log.jsonl."""
+    """Writes a PNG with training and validation loss and CIDEr from the entries of log.jsonl.
+
+    Epochs that were trained on rewards have no training loss.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -15,7 +19,7 @@ def draw_losses(history: list[dict[str, Any]], out: Path) -> None:
     epochs = [entry["epoch"] for entry in history]
     figure = Figure(figsize=(7, 4), layout="constrained")
     losses = figure.subplots()
-    losses.plot(epochs, [entry["train_loss"] for entry in history], "o-", label="training loss")
+    losses.plot(epochs, [entry.get("train_loss", math.nan) for entry in history], "o-", label="training loss")
     losses.plot(epochs, [entry["validation_loss"] for entry in history], "s-", label="validation loss")
     losses.set(xlabel="epoch", ylabel="loss (nats per token)")
     losses.xaxis.get_major_locator().set_params(integer=True)

@@ -8,6 +8,8 @@ import numpy as np
 
 from clipcap_rag.caption_index import CaptionIndex
 
+LISTED = 16  # neighbours of an image that results name, of however many were retrieved
+
 
 @dataclass(frozen=True)
 class Neighbor:
@@ -61,6 +63,14 @@ class Neighbors:
         arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
         by_image = None if self.image_scores is None else self.image_scores[images]
         return Neighbors(*arrays, self.captions[images], self.indexes, by_image)
+
+    def first(self, count: int) -> "Neighbors":
+        """The best `count` neighbours of each image; all of them for 0."""
+        if not count or count >= self.rows.shape[1]:
+            return self
+        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
+        arrays = {name: getattr(self, name)[:, :count] for name in names}
+        return dataclasses.replace(self, **arrays, captions=[listed[:count] for listed in self.captions])
 
     def versions(self, kept: np.ndarray) -> "Neighbors":
         """Those of one image in S versions, each with the ones that `kept` [S, K] says."""

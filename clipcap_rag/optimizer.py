@@ -8,18 +8,18 @@ from clipcap_rag.config import TrainConfig
 from clipcap_rag.model import CaptionModel
 
 
-def make_optimizer(model: CaptionModel, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: CaptionModel, rates: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over what learns.
 
-    Matrices decay, vectors do not; mapper and language model each have their learning rate.
+    Matrices decay, vectors do not; mapper and language model each have their learning rate, in this order.
     """
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = config.learning_rate if name.startswith("mapper.") else config.lm_learning_rate
+            rate = rates[0] if name.startswith("mapper.") else rates[1]
             groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
-        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": config.weight_decay * decays}
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": weight_decay * decays}
         for (rate, decays), parameters in groups.items()
     )
 

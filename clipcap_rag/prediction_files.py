@@ -1,9 +1,9 @@
 """Captions of photos under one condition, written once and kept as JSON Lines, which survive a kill.
 
 A line per photo, in the order of the feature set: row (its place there), image, image_id, seconds (that it took),
-caption (null if nothing was written), candidates (best first: caption, clip_similarity, log_probability, score,
-tokens by their ids), and neighbors (row, caption, score, index, route). `clipcap-rag evaluate compare` reads such
-files, too.
+caption (null if nothing was written), candidates (best first: caption, clip_similarity, log_probability, agreement,
+score, tokens by their ids), and neighbors (the first 16: row, caption, score, index, route). `clipcap-rag evaluate
+compare` reads such files, too.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.evaluated import Photos, Subject
 from clipcap_rag.journal import Journal
 from clipcap_rag.neighbor_conditions import Condition
-from clipcap_rag.neighbors import Neighbors
+from clipcap_rag.neighbors import LISTED, Neighbors
 from clipcap_rag.progress import bar
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
@@ -69,7 +69,7 @@ def candidates_of(line: dict[str, Any]) -> list[Candidate]:
     ]
 
 
-_SCORES = ("caption", "clip_similarity", "log_probability", "score", "tokens")
+_SCORES = ("caption", "clip_similarity", "log_probability", "score", "agreement", "tokens")
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class PredictionFiles:
                     began = time.perf_counter()
                     lines = write(part)
                     seconds = round((time.perf_counter() - began) / len(lines), 6)
-                    listed = neighbors.part(part).listed()
+                    listed = neighbors.part(part).first(LISTED).listed()
                     for row, line, around in zip(range(start, part.stop), lines, listed, strict=True):
                         if row not in journal:
                             photo = {"row": row, "image": photos.images[row], "image_id": photos.image_ids[row]}

@@ -1,16 +1,30 @@
 """Written captions -> candidates in order, each distinct text embedded once."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
+from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.generation import Written
-from clipcap_rag.rerank import Candidate, by_likelihood, by_similarity, distinct
+from clipcap_rag.neighbors import Neighbors
+from clipcap_rag.ngram_agreement import NgramWeights, agreement
+from clipcap_rag.rerank import Candidate, RerankWeights, by_likelihood, by_similarity, distinct
+from clipcap_rag.word_bonus import neighbor_weights
 
 _MEMORY = 64 * 2**20  # bytes of embeddings kept
+_COUNTED = 5_000  # captions of the indexes whose n-grams are counted; 1,000 ranked as well
+
+
+@lru_cache(maxsize=8)
+def ngram_weights(indexes: tuple[CaptionIndex, ...], revisions: tuple[int, ...]) -> NgramWeights:
+    """How rare n-grams are in captions drawn from indexes at these revisions."""
+    random = np.random.default_rng(0)
+    rows = [index.random_rows(_COUNTED // len(indexes), random) for index in indexes]
+    return NgramWeights([caption] for index, own in zip(indexes, rows, strict=True) for caption in index.captions(own))
 
 
 class Ranker:
@@ -26,27 +40,46 @@ class Ranker:
         self._known: OrderedDict[str, np.ndarray] = OrderedDict()  # the text seen longest ago comes first
 
     def rank(
-        self, written: Sequence[Sequence[Written]], images: np.ndarray, generation: GenerationConfig
+        self,
+        written: Sequence[Sequence[Written]],
+        images: np.ndarray,
+        generation: GenerationConfig,
+        neighbors: Neighbors | None = None,
     ) -> list[list[Candidate]]:
         """Candidates of B images, best first, empty and repeated captions dropped, but for `clipcap`, which keeps all.
 
         Args:
             written: per image, its captions.
             images: [B, D] float32 image embeddings of unit length.
+            neighbors: those whose captions sampled candidates are compared with.
         """
         if generation.decoding != "clipcap":
             written = [distinct(captions) for captions in written]
         embedded = self.embed([found.caption for captions in written for found in captions])
         ranked, start = [], 0
-        for captions, image in zip(written, images, strict=True):
+        weights = RerankWeights(generation.log_probability_weight, generation.agreement_weight)
+        agreed = self.agreements(written, neighbors if weights.agreement else None)
+        for captions, image, agreements in zip(written, images, agreed, strict=True):
             part = embedded[start : start + len(captions)]
             start += len(captions)
             if generation.decoding == "sample":
-                weight = generation.log_probability_weight
-                ranked.append(by_similarity(captions, part, image, self.encoder.logit_scale, weight))
+                scale = self.encoder.logit_scale
+                ranked.append(by_similarity(captions, part, image, scale, weights, agreements))
             else:
                 ranked.append(by_likelihood(captions, part, image))
         return ranked
+
+    def agreements(self, written: Sequence[Sequence[Written]], neighbors: Neighbors | None) -> Iterator[list[float]]:
+        """For each image the agreement of its captions with those of its neighbours; none without neighbours."""
+        if neighbors is None or not neighbors.indexes:
+            yield from ([] for _ in written)
+            return
+        weights = ngram_weights(tuple(neighbors.indexes), tuple(index.revision for index in neighbors.indexes))
+        rows = zip(written, neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
+        for captions, around, scores, mask in rows:
+            shares = neighbor_weights(scores[mask]) if around else []
+            common = weights.mean(around, shares)
+            yield [agreement(weights.vector(found.caption), common) for found in captions]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """[N, D] float32 embeddings of unit length; texts seen before keep theirs."""

@@ -1,13 +1,20 @@
-"""Candidates in the order of how well they fit the image: CLIP similarity and the language model's own likelihood."""
+"""Candidates in the order of how well they fit the image: CLIP, the language model, and the captions of neighbours."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipcap_rag.generation import Written
+
+
+class RerankWeights(NamedTuple):
+    """What counts beside CLIP similarity, in units of CLIP's logit: nats per token, and agreement with neighbours."""
+
+    log_probability: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Candidate:
         score: what it is ranked by, larger is better.
         tokens: what was written, with the end token; those of a prompt are not among them.
         embedding: [D] float32, its CLIP text embedding of unit length.
+        agreement: 0 to 1, with the captions of the neighbours (`ngram_agreement`); 0 where there are none.
     """
 
     caption: str
@@ -28,6 +36,7 @@ class Candidate:
     score: float
     tokens: tuple[int, ...]
     embedding: np.ndarray = field(compare=False, repr=False)
+    agreement: float = 0.0
 
     @property
     def mean_log_probability(self) -> float:
@@ -35,7 +44,10 @@ class Candidate:
         return self.log_probability / len(self.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("caption", "clip_similarity", "log_probability", "score")}
+        return {
+            name: getattr(self, name)
+            for name in ("caption", "clip_similarity", "log_probability", "agreement", "score")
+        }
 
 
 def distinct(written: Sequence[Written]) -> list[Written]:
@@ -54,32 +66,42 @@ def by_similarity(
     embeddings: np.ndarray,
     image: np.ndarray,
     logit_scale: float,
-    log_probability_weight: float,
+    weights: RerankWeights,
+    agreements: Sequence[float] = (),
 ) -> list[Candidate]:
-    """Best first by clip_similarity + weight x mean log-probability / logit_scale; ties keep their order.
-
-    CLIP's logit scale is the unit in which it was trained to compare cosines (Radford et al. 2021, arXiv 2103.00020),
-    so dividing by it makes one weight serve encoders whose cosines spread differently. `clipcap-rag evaluate
-    --rerank-sweep` finds the weight for a model. The sum of log-probabilities would favour
-    short captions.
+    """Best first as `reweighted` orders them.
 
     Args:
         embeddings: [N, D] of the N captions, unit length.
         image: [D], unit length.
+        agreements: of the N captions with those of the neighbours; empty where there are none.
     """
-    return reweighted(by_likelihood(written, embeddings, image), logit_scale, log_probability_weight)
+    return reweighted(by_likelihood(written, embeddings, image, agreements), logit_scale, weights)
 
 
-def reweighted(candidates: Sequence[Candidate], logit_scale: float, log_probability_weight: float) -> list[Candidate]:
-    """Candidates as `by_similarity` orders them under this weight."""
-    unit = log_probability_weight / logit_scale
+def reweighted(candidates: Sequence[Candidate], logit_scale: float, weights: RerankWeights) -> list[Candidate]:
+    """Best first by clip_similarity + (w1 x mean log-probability + w2 x agreement) / logit_scale.
+
+    Ties keep their order. CLIP's logit scale is the unit in which it was trained to compare cosines (Radford et al.
+    2021, arXiv 2103.00020), so dividing by it makes one weight serve encoders whose cosines spread differently.
+    `clipcap-rag evaluate --rerank-sweep` finds the weights for a model. The sum of log-probabilities would favour short
+    captions. Agreement with the captions of similar photos follows Devlin et al. 2015 (arXiv 1505.04467), who copied
+    the caption that agrees most.
+    """
     return _best_first(
-        dataclasses.replace(found, score=found.clip_similarity + unit * found.mean_log_probability)
+        dataclasses.replace(
+            found,
+            score=found.clip_similarity
+            + (weights.log_probability * found.mean_log_probability + weights.agreement * found.agreement)
+            / logit_scale,
+        )
         for found in candidates
     )
 
 
-def by_likelihood(written: Sequence[Written], embeddings: np.ndarray, image: np.ndarray) -> list[Candidate]:
+def by_likelihood(
+    written: Sequence[Written], embeddings: np.ndarray, image: np.ndarray, agreements: Sequence[float] = ()
+) -> list[Candidate]:
     """Best first by mean log-probability per token, the order of greedy and beam search; that mean is the score."""
     return _best_first(
         Candidate(
@@ -89,8 +111,11 @@ def by_likelihood(written: Sequence[Written], embeddings: np.ndarray, image: np.
             found.log_probability / len(found.tokens),
             found.tokens,
             embedding,
+            agreement,
         )
-        for found, similarity, embedding in zip(written, embeddings @ image, embeddings, strict=True)
+        for found, similarity, embedding, agreement in zip(
+            written, embeddings @ image, embeddings, agreements or [0.0] * len(written), strict=True
+        )
     )
 
 

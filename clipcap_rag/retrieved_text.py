@@ -13,33 +13,26 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.model import IGNORED
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prompt import prompt_tokens
-from clipcap_rag.word_bonus import word_bonus, word_nats
+from clipcap_rag.word_bonus import neighbor_bonus
 
 
-def words_for(
-    checkpoint: Checkpoint, neighbors: Neighbors, generation: GenerationConfig, logit_scale: float
-) -> dict[str, Any]:
+def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: GenerationConfig) -> dict[str, Any]:
     """The `context` or the `bonus` of `write_captions` that the neighbours of B images ask for, or neither.
-
-    Args:
-        logit_scale: CLIP's.
 
     Raises:
         InputError: the model has not learned to read its neighbours' words.
     """
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.language_model.device
-    mode = text_mode(generation.retrieved_text, checkpoint.text_neighbors)
+    mode = text_mode(generation.retrieved_text, checkpoint.text_neighbors, checkpoint.raises_words)
     if mode == "prompt":
         room = checkpoint.model.language_model.config.n_positions - checkpoint.config.prefix_length
         room -= len(prompt_tokens(tokenizer, generation.prompt)) + generation.longest
         context = context_tokens(tokenizer, neighbors.captions, checkpoint.text_neighbors, room)
         return {"context": context.to(device)}
     if mode == "bias":
-        nats = [
-            word_nats(captions, scores[mask], neighbors.indexes, logit_scale, checkpoint.words)
-            for captions, scores, mask in zip(neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
-        ]
-        return {"bonus": word_bonus(tokenizer, nats, generation.bias_strength).to(device)}
+        scores = [own[mask] for own, mask in zip(neighbors.scores, neighbors.mask, strict=True)]
+        given = (neighbors.captions, scores, neighbors.indexes, checkpoint.words, generation.bias_strength)
+        return {"bonus": neighbor_bonus(tokenizer, *given).to(device)}
     return {}
 
 
@@ -66,8 +59,11 @@ def context_tokens(
     return context
 
 
-def text_mode(asked: str, text_neighbors: int) -> str:
+def text_mode(asked: str, text_neighbors: int, raises_words: bool) -> str:
     """off, prompt or bias for `GenerationConfig.retrieved_text` and a model trained with so many neighbours' words.
+
+    Args:
+        raises_words: whether the model was trained to write with its neighbours' words raised.
 
     Raises:
         InputError: the model has not learned to read them.
@@ -77,4 +73,6 @@ def text_mode(asked: str, text_neighbors: int) -> str:
             "this model was trained without its neighbours' words, so --retrieved-text prompt would confuse it; "
             "use bias or off, or train one with --text-neighbors 4"
         )
-    return asked if asked != "auto" else "prompt" if text_neighbors else "off"
+    if asked != "auto":
+        return asked
+    return "prompt" if text_neighbors else "bias" if raises_words else "off"

@@ -1,19 +1,19 @@
 """The training loop: features and neighbour rows in, a checkpoint out; stops and continues without a trace."""
 
 import dataclasses
-import hashlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clipcap_rag.artifact import disk_errors
-from clipcap_rag.batches import CaptionBatches
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.checkpoint import Checkpoint
+from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.encoder import check_same_encoder
 from clipcap_rag.errors import InputError
@@ -24,10 +24,10 @@ from clipcap_rag.metrics import require_metrics
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
 from clipcap_rag.optimizer import make_optimizer, set_learning_rate, warmup_batches
 from clipcap_rag.progress import bar, say
-from clipcap_rag.retriever import stored_neighbors
 from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
+from clipcap_rag.self_critical import CaptionReward, sample_captions, self_critical_loss
+from clipcap_rag.stages import Stage, TrainingData
 from clipcap_rag.validation import validate
-from clipcap_rag.word_bonus import words_of
 
 _SAVE_SECONDS = 300  # longest time whose work a kill can cost
 _PROGRESS = ("step", "history", "losses", "best", "stale")  # what a resumed run takes over beside the weights
@@ -36,11 +36,13 @@ _PROGRESS = ("step", "history", "losses", "best", "stale")  # what a resumed run
 def train(
     features: str | Path,
     index: str | Path | None,
-    language_model: str,
+    language_model: str | None,
     out: str | Path,
     *,
+    start: str | Path | None = None,
     model_config: ModelConfig | None = None,
     train_config: TrainConfig | None = None,
+    text_index: str | Path | None = None,
     validation_features: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -54,7 +56,9 @@ def train(
     Args:
         features: feature set of the training photos.
         index: caption index to retrieve from; required by the retrieval mapper and refused by the others.
-        language_model: folder or hub id of a GPT-2-family model.
+        language_model: folder or hub id of a GPT-2-family model; None with `start`.
+        start: a captioner to go on from, which has its shape and language model; `model_config` is not looked at then.
+        text_index: caption index, made by the same CLIP, whose captions are trained on before those of the photos.
         validation_features: feature set to validate on; without it a part of the photos, by hash of image_id.
 
     Raises:
@@ -62,13 +66,17 @@ def train(
     """
     out = Path(out)
     refuse_finished(out, overwrite)
+    if (start is None) == (language_model is None):
+        raise InputError("give a language model to start from, or a captioner with --start, and not both")
     run = _Run(
         FeatureSet.open(features),
         None if index is None else CaptionIndex.open(index, device="cpu"),
         language_model,
+        start,
         out,
         model_config or ModelConfig(),
         train_config or TrainConfig(),
+        None if text_index is None else CaptionIndex.open(text_index, device="cpu"),
         None if validation_features is None else FeatureSet.open(validation_features),
         pick_device(device),
         dtype,
@@ -78,9 +86,8 @@ def train(
     return out
 
 
-def _is_validation(image_id: str, fraction: float) -> bool:
-    """Whether a photo is kept for validation; a property of its id alone."""
-    return int(hashlib.sha256(image_id.encode()).hexdigest()[:8], 16) / 16**8 < fraction
+def _version(index: CaptionIndex | None) -> list[Any] | None:
+    return None if index is None else [str(index.path.resolve()), index.revision]
 
 
 class _Run:
@@ -90,84 +97,103 @@ class _Run:
         self,
         features: FeatureSet,
         index: CaptionIndex | None,
-        language_model: str,
+        language_model: str | None,
+        start: str | Path | None,
         out: Path,
         model_config: ModelConfig,
         config: TrainConfig,
+        text_index: CaptionIndex | None,
         validation: FeatureSet | None,
         device: torch.device,
         dtype: str,
     ):
         require_metrics()
-        if index is None and model_config.mapper == "retrieval":
-            raise InputError("the retrieval mapper needs an index; pass --index, or --mapper transformer to do without")
-        if index is not None and model_config.mapper != "retrieval":
-            raise InputError(f"the {model_config.mapper} mapper looks at no neighbours; drop --index")
-        if index is None and config.text_neighbors:
-            raise InputError("text_neighbors needs an index whose words are shown; pass --index, or leave it at 0")
-        if index is not None:
-            check_same_encoder(
-                features.encoder, f"the feature set {features.path}", index.encoder, f"the index {index.path}"
-            )
+        for other in (index, text_index):
+            if other is not None:
+                check_same_encoder(
+                    features.encoder, f"the feature set {features.path}", other.encoder, f"the index {other.path}"
+                )
         if validation is not None:
             check_same_encoder(
                 features.encoder, f"the feature set {features.path}", validation.encoder, str(validation.path)
             )
+        self.config, self.device, self.index, self.text_index = config, device, index, text_index
+        self.start, self.features, self.dtype = start, features, pick_dtype(dtype, device)
         seed_everything(config.seed)
-        network, self.tokenizer = load_language_model(language_model)
-        self.model_config = dataclasses.replace(
-            model_config, clip_dim=features.embeddings.shape[1], lm_dim=network.config.n_embd
+        if start is None:
+            self._build(language_model, model_config)
+        else:
+            self._take_over(read_checkpoint(checkpoint_folder(start)))
+        self._check_model()
+        self.model.to(device)
+        self.data = TrainingData(
+            features,
+            validation,
+            index,
+            text_index,
+            self.tokenizer,
+            self.model_config,
+            config,
+            room=self._room(),
         )
-        room = network.config.n_positions - model_config.prefix_length - 1
-        if config.max_caption_tokens > room:
-            raise InputError(
-                f"max_caption_tokens {config.max_caption_tokens} and prefix_length {model_config.prefix_length} exceed "
-                f"the {network.config.n_positions} positions of {language_model}; at most {room} tokens fit"
-            )
-        self.room = room - config.max_caption_tokens  # for the neighbours' words
-        self.config, self.device, self.index = config, device, index
-        self.language_model, self.features = language_model, features
-        self.dtype = pick_dtype(dtype, device)
-        mapper = build_mapper(self.model_config)
-        self.model = CaptionModel(mapper, tune(network, self.model_config), self.tokenizer.eos_token_id).to(device)
-        self._split(features, validation)
         if index is not None:
             self._set_statistics()
-        self.optimizer = make_optimizer(self.model, config)
-        self.steps = len(self.batches) * config.epochs
+        self.epochs = [(stage, epoch) for stage in self.data.stages for epoch in range(stage.epochs)]
         self.step, self.history, self.losses = 0, [], []
         self.best, self.stale = -math.inf, 0
+        self._enter(self.data.stages[0])
         self.directory = RunDirectory(out, self._job())
 
-    def _split(self, features: FeatureSet, validation: FeatureSet | None) -> None:
-        held_out = [
-            row
-            for row, image_id in enumerate(features.image_ids)
-            if validation is None and _is_validation(image_id, self.config.validation_fraction)
-        ]
-        kept = sorted(set(range(len(features))) - set(held_out))
-        judged = features if validation is None else validation
-        rows = held_out if validation is None else range(len(validation))
-        if not kept or not rows:
-            raise InputError(
-                f"{features.path} has {len(features)} photos: {len(kept)} to train on, {len(rows)} to validate on; "
-                "give more photos, another --validation-fraction or --validation-features"
-            )
-        self.batches = self._batches(features, kept)
-        self.words = frozenset(word for row in kept for text in features.captions[row] for word in words_of(text))
-        self.validation = self._batches(judged, rows)
+    def _build(self, language_model: str, config: ModelConfig) -> None:
+        """A model with a fresh mapper."""
+        network, self.tokenizer = load_language_model(language_model)
+        self.language_model = language_model
+        self.model_config = dataclasses.replace(
+            config, clip_dim=self.features.embeddings.shape[1], lm_dim=network.config.n_embd
+        )
+        mapper = build_mapper(self.model_config)
+        self.model = CaptionModel(mapper, tune(network, self.model_config), self.tokenizer.eos_token_id)
 
-    def _batches(self, features: FeatureSet, rows: Any) -> CaptionBatches:
-        neighbors = None if self.index is None else stored_neighbors(features, self.index, self.config.neighbor_pool)
-        data = (features, rows, self.tokenizer, self.model_config, self.config, self.index, neighbors)
-        return CaptionBatches(*data, room=self.room)
+    def _take_over(self, start: Checkpoint) -> None:
+        """The model of a captioner."""
+        check_same_encoder(
+            self.features.encoder, f"the feature set {self.features.path}", start.encoder, f"the model {self.start}"
+        )
+        self.model, self.tokenizer, self.model_config = start.model, start.tokenizer, start.config
+        self.language_model = start.language_model
+
+    def _check_model(self) -> None:
+        mapper = self.model_config.mapper
+        if self.index is None and mapper == "retrieval":
+            raise InputError("the retrieval mapper needs an index; pass --index, or --mapper transformer to do without")
+        if self.index is not None and mapper != "retrieval":
+            raise InputError(f"the {mapper} mapper looks at no neighbours; drop --index")
+        if self.index is None and self.config.text_neighbors:
+            raise InputError("text_neighbors needs an index whose words are shown; pass --index, or leave it at 0")
+        if self._room() < 0:
+            prefix, longest = self.model_config.prefix_length, self.config.max_caption_tokens
+            raise InputError(
+                f"max_caption_tokens {longest} and prefix_length {prefix} exceed the "
+                f"{self.model.language_model.config.n_positions} positions of {self.language_model}; "
+                f"at most {self._room() + longest} tokens fit"
+            )
+
+    def _room(self) -> int:
+        """Positions left for the neighbours' words."""
+        positions = self.model.language_model.config.n_positions
+        return positions - self.model_config.prefix_length - 1 - self.config.max_caption_tokens
+
+    def _enter(self, stage: Stage) -> None:
+        """A stage has an optimiser of its own; `step` counts its batches."""
+        self.stage, self.step, self.stale = stage, 0, 0
+        self.optimizer = make_optimizer(self.model, stage.rates, self.config.weight_decay)
 
     def _set_statistics(self) -> None:
         """Centre and spread of the index's embeddings and of the training neighbours' similarities."""
         random = np.random.default_rng(self.config.seed)
         texts = self.index.embeddings(self.index.random_rows(min(20_000, len(self.index)), random))
-        photos = random.permutation(np.unique(self.batches.photo))[:1000]
-        _, _, scores, mask = self.batches.inputs(photos, self.batches.nearest(photos))
+        photos = random.permutation(np.unique(self.data.photos.photo))[:1000]
+        _, _, scores, mask = self.data.photos.inputs(photos, self.data.photos.nearest(photos))
         self.model.mapper.set_statistics(torch.from_numpy(texts.astype(np.float32)), scores[mask])
 
     # -- the job on disk
@@ -175,9 +201,11 @@ class _Run:
     def _job(self) -> dict[str, Any]:
         return {
             "features": str(self.features.path.resolve()),
-            "validation_features": str(self.validation.features.path.resolve()),
-            "index": None if self.index is None else [str(self.index.path.resolve()), self.index.revision],
+            "validation_features": str(self.data.validation.features.path.resolve()),
+            "index": _version(self.index),
+            "text_index": _version(self.text_index),
             "language_model": self.language_model,
+            "start": None if self.start is None else str(self.start),
             "model": self.model_config.to_json(),
             "train": self.config.to_json(),
             "device": self.device.type,
@@ -186,13 +214,14 @@ class _Run:
 
     def _resume(self) -> None:
         state = self.directory.restore(self.model)
+        self._enter(self.data.stages[state["stage"]])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
         for name in _PROGRESS:
             setattr(self, name, state[name])
-        say(f"continuing {self.directory.path} at step {self.step} of {self.steps}")
+        say(f"continuing {self.directory.path} at step {self.step} of {self.steps} of the stage {self.stage.name}")
 
     def _checkpoint(self) -> Checkpoint:
         index = self.index
@@ -205,9 +234,10 @@ class _Run:
             index=None
             if index is None
             else {"path": str(index.path.resolve()), "name": index.name, "revision": index.revision},
-            num_neighbors=0 if index is None else self.config.max_neighbors,
+            num_neighbors=0 if index is None else self.config.num_neighbors,
+            mapper_neighbors=0 if index is None else self.config.max_neighbors,
             text_neighbors=self.config.text_neighbors,
-            words=self.words,
+            words=self.data.words,
             training={
                 "features": self.features.name,
                 "settings": self.config.to_json(),
@@ -217,7 +247,11 @@ class _Run:
 
     def _save(self) -> None:
         state = {name: getattr(self, name) for name in _PROGRESS}
-        state |= {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+        state |= {
+            "stage": self.data.stages.index(self.stage),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
         self.directory.save_last(self._checkpoint(), state, self.history)
@@ -228,31 +262,46 @@ class _Run:
         """Trains to the end, to early stopping, or until `stop["now"]`, which raises KeyboardInterrupt once saved."""
         if self.directory.begin(overwrite):
             self._resume()
+        for number, (stage, epoch) in list(enumerate(self.epochs))[len(self.history) :]:
+            if stage is not self.stage:
+                self._enter(stage)
+            if self.step == 0:
+                self._announce()
+            if self.config.patience and self.stale >= self.config.patience:
+                say(f"stopped: {self.stale} epochs without a better validation CIDEr")
+                break
+            self._train_epoch(epoch, stop)
+            self._validate(number)
+            self._save()
+            draw_losses(self.history, self.directory.path / "loss.png")
+        self.directory.finish()
+
+    @property
+    def steps(self) -> int:
+        """Batches of the stage."""
+        return self.stage.steps * self.stage.epochs
+
+    def _announce(self) -> None:
         warmup = warmup_batches(self.config, self.steps)
+        if len(self.data.stages) > 1:
+            say(f"stage {self.stage.name}: {self.stage.epochs} epochs of {self.stage.steps} batches")
         if warmup >= self.steps:
             say(
                 f"the warm-up of {warmup} batches is longer than the {self.steps} batches of this training, so the "
                 "learning rate stays below its peak; give a smaller --warmup, such as 0.05, or more --epochs"
             )
-        for epoch in range(len(self.history), self.config.epochs):
-            if self.config.patience and self.stale >= self.config.patience:
-                say(f"stopped: {self.stale} epochs without a better validation CIDEr")
-                break
-            self._train_epoch(epoch, stop)
-            self._validate(epoch)
-            self._save()
-            draw_losses(self.history, self.directory.path / "loss.png")
-        self.directory.finish()
 
     def _train_epoch(self, epoch: int, stop: dict[str, bool]) -> None:
-        per_epoch, saved = len(self.batches), time.monotonic()
+        per_epoch, saved = self.stage.steps, time.monotonic()
         done = self.step - epoch * per_epoch
+        shown = "loss" if self.stage.reward is None else "reward"
         self.model.train()
-        with bar(f"epoch {epoch + 1}/{self.config.epochs}", per_epoch, done, "step") as progress:
-            for batch in self.batches.epoch(epoch, skip=done):
-                self.losses.append(self._train_step(batch.to(self.device)))
+        with bar(f"{self.stage.name} {epoch + 1}/{self.stage.epochs}", per_epoch, done, "step") as progress:
+            for loss, figure in self._batch_losses(epoch, done):
+                self._train_step(loss)
+                self.losses.append(figure)
                 self.step += 1
-                progress.set_postfix_str(f"loss {np.mean(self.losses[-100:]):.3f}", refresh=False)
+                progress.set_postfix_str(f"{shown} {np.mean(self.losses[-100:]):.3f}", refresh=False)
                 progress.update(1)
                 if self._complete(self.step) and (stop["now"] or time.monotonic() - saved > _SAVE_SECONDS):
                     self._save()
@@ -263,13 +312,44 @@ class _Run:
 
     def _complete(self, step: int) -> bool:
         """Whether no gradients are pending after `step` batches; the last batches of an epoch may be fewer."""
-        return step % len(self.batches) % self.config.accumulate == 0
+        return step % self.stage.steps % self.config.accumulate == 0
 
-    def _train_step(self, batch: Any) -> float:
+    def _batch_losses(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, float]]:
+        """For each batch the loss per token, and the figure that the log shows of it."""
+        if self.stage.reward is not None:
+            yield from self._reward_losses(self.stage.reward, epoch, skip)
+            return
+        for batch in self.stage.batches.epoch(epoch, skip):
+            batch = batch.to(self.device)
+            with self._precision():
+                total, count = self.model.loss(batch.tokens, *batch.inputs, context=batch.context)
+            yield total / count, (total / count).item()
+
+    def _reward_losses(self, reward: CaptionReward, epoch: int, skip: int) -> Iterator[tuple[Tensor, float]]:
+        config, batches = self.config, self.stage.batches.photo_epoch(epoch, skip)
+        for number, (photos, batch) in enumerate(batches, start=skip):
+            batch = batch.to(self.device)
+            seeds = [f"{config.seed}:{epoch}:{number}:{photo}".encode() for photo in photos]
+            self.model.eval()  # the captions are those that it would write
+            with torch.no_grad():
+                prefix = self.model.prefix(*batch.inputs)
+            settings = (config.reward_samples, config.max_caption_tokens, seeds, batch.context, batch.bonus)
+            written = sample_captions(self.model, self.tokenizer, prefix, *settings)
+            rewards = [
+                reward.rewards(photo, [found.caption for found in captions])
+                for photo, captions in zip(photos, written, strict=True)
+            ]
+            with self._precision():
+                total, count = self_critical_loss(
+                    self.model, written, rewards, batch.inputs, batch.context, batch.bonus
+                )
+            yield total / count, float(np.mean(rewards))
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _train_step(self, loss: Tensor) -> None:
         config = self.config
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            total, count = self.model.loss(batch.tokens, *batch.inputs, context=batch.context)
-        loss = total / count
         (loss / config.accumulate).backward()
         if self._complete(self.step + 1):
             set_learning_rate(self.optimizer, config, self.step, self.steps)
@@ -277,15 +357,16 @@ class _Run:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
 
     def _validate(self, epoch: int) -> None:
         """Measures the epoch, logs it, and keeps the checkpoint if it is the best so far."""
-        scores = validate(self.model, self.tokenizer, self.validation, self.device)
-        entry = {"epoch": epoch + 1, "step": self.step, "train_loss": float(np.mean(self.losses)), **scores}
+        scores = validate(self.model, self.tokenizer, self.data.validation, self.device)
+        figure = "train_loss" if self.stage.reward is None else "train_reward"
+        entry = {"epoch": epoch + 1, "step": self.step, figure: float(np.mean(self.losses)), **scores}
         self.history.append(entry)
         self.losses = []
         say(" ".join(f"{name} {value:.4g}" for name, value in entry.items()))
+        entry["stage"] = self.stage.name
         self.stale += 1
         if entry["CIDEr"] > self.best:
             self.best, self.stale = entry["CIDEr"], 0

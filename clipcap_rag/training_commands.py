@@ -4,17 +4,21 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from clipcap_rag.config import ModelConfig, TrainConfig
+from clipcap_rag.errors import InputError
 from clipcap_rag.flags import INDEX_HELP, add_compute, add_config, add_json, add_out, given_fields
 from clipcap_rag.output import DONE, print_result
 from clipcap_rag.presets import PRESETS, configure, description
 from clipcap_rag.progress import say
 
 
-def _add_data(parser: ArgumentParser) -> None:
+def _add_data(parser: ArgumentParser, start: bool) -> None:
     parser.add_argument("--features", required=True, metavar="DIR", help="feature set of the training photos")
     parser.add_argument("--index", help=f"caption index to retrieve from: {INDEX_HELP}")
     text = "GPT-2-family model to start from: a folder or a hub id such as gpt2"
-    parser.add_argument("--language-model", required=True, metavar="MODEL", help=text)
+    parser.add_argument("--language-model", required=not start, metavar="MODEL", help=text)
+    if start:
+        text = "captioner to go on from, in place of --language-model: a run, a checkpoint, starter or hf-hub:ORG/NAME"
+        parser.add_argument("--start", metavar="CAPTIONER", help=text)
 
 
 def _add_settings(parser: ArgumentParser) -> None:
@@ -28,7 +32,9 @@ def _settings(given: Namespace) -> dict[str, Any]:
 
 
 def train_flags(parser: ArgumentParser) -> None:
-    _add_data(parser)
+    _add_data(parser, start=True)
+    text = "caption index whose captions are trained on first, as if they were photos"
+    parser.add_argument("--text-index", metavar="INDEX", help=text)
     text = "feature set to validate on (default: a part of --features)"
     parser.add_argument("--validation-features", metavar="DIR", help=text)
     add_out(parser)
@@ -40,6 +46,9 @@ def train_flags(parser: ArgumentParser) -> None:
 def train(given: Namespace) -> int:
     """Train a captioner; a stopped run continues when the same command is run again."""
     model_config, train_config = configure(given.preset, **_settings(given))
+    shape = given_fields(ModelConfig, given)
+    if given.start and shape:
+        raise InputError(f"--start has its own {next(iter(shape))}; leave that out, or start from --language-model")
     say(description(given.preset, _settings(given)))
     from clipcap_rag.training import train as run_training
 
@@ -48,8 +57,10 @@ def train(given: Namespace) -> int:
         given.index,
         given.language_model,
         given.out,
+        start=given.start,
         model_config=model_config,
         train_config=train_config,
+        text_index=given.text_index,
         validation_features=given.validation_features,
         device=given.device,
         dtype=given.dtype,
@@ -62,7 +73,7 @@ def train(given: Namespace) -> int:
 def sweep_flags(parser: ArgumentParser) -> None:
     text = "a model or training setting and its values, such as prefix_length=1,5,10,20,40"
     parser.add_argument("setting", metavar="SETTING=VALUE,VALUE", help=text)
-    _add_data(parser)
+    _add_data(parser, start=False)
     text = "feature set to validate and to evaluate on"
     parser.add_argument("--validation-features", required=True, metavar="DIR", help=text)
     text = "folder of the runs, their evaluations, sweep.json and sweep.png; what stands there is continued"

@@ -32,7 +32,9 @@ def validate(
         prefix = model.prefix(*(tensor.to(device) for tensor in batches.inputs(part, rows)))
         context = batches.context(rows, len(part)).to(device)
         greedy = GenerationConfig(decoding="greedy", max_new_tokens=batches.config.max_caption_tokens)
-        written = write_captions(model, tokenizer, prefix, greedy, [b""] * len(part), context=context)
+        bonus = batches.bonus(part)
+        said = {"context": context, "bonus": bonus and bonus.to(device)}
+        written = write_captions(model, tokenizer, prefix, greedy, [b""] * len(part), **said)
         captions += [found[0].caption for found in written]
     scores = caption_metrics([batches.features.captions[photo] for photo in photos], captions)
     return {"validation_loss": total / count, "CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}

@@ -1,4 +1,4 @@
-"""A bonus for the words that a photo's neighbours have and the index at large has not."""
+"""A bonus for the words and pairs of tokens that a photo's neighbours have and the index at large has not."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise, zip_longest
 from typing import Self
 
 import numpy as np
@@ -17,7 +18,10 @@ from clipcap_rag.caption_index import CaptionIndex
 
 WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _SAMPLE = 20_000  # captions of an index whose words are counted
-_KNOWN = 0.6  # of the bonus for words that the captioner was trained on; 0.5 to 0.7 wrote the best captions
+_PAIR_SAMPLE = 5_000  # likewise, for pairs of tokens
+_KNOWN = 0.6  # of s log(s / p) for words that the captioner was trained on
+_PAIRS = 0.8  # likewise for pairs of tokens; 0.4 to 1.2 with 0.4 to 1 for words wrote captions as good
+_SURE = 0.2  # weight of the neighbours with a word never trained on from which it has its whole bonus
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class WordBonus:
         if last is not None:
             fits = fits | (self.after == last[:, None])
         return logits.scatter_add(1, self.tokens, self.nats.to(logits.dtype) * fits)
+
+    def raised(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """logits [S, T, V] of T tokens [S, T] with the bonus that writing them left for each."""
+        left, steps = self, [self.add(logits[:, 0])]
+        for step in range(1, tokens.shape[1]):
+            left = left.without(tokens[:, step - 1])
+            steps.append(left.add(logits[:, step], tokens[:, step - 1]))
+        return torch.stack(steps, dim=1)
 
     def without(self, written: Tensor) -> Self:
         """The bonus once these tokens [S] were written."""
@@ -71,20 +83,28 @@ def word_counts(index: CaptionIndex, revision: int) -> Counter[str]:
     return Counter(word for caption in index.captions(rows) for word in words_of(caption))
 
 
+def neighbor_weights(scores: np.ndarray) -> np.ndarray:
+    """How much each of K neighbours counts, 1 in all: softmax of half the standard scores of their cosines [K].
+
+    A match far above the others so counts for several, whatever the spread of the cosines of an encoder.
+    """
+    spread = 2 * scores.std()
+    weights = np.exp((scores - scores.max()) / spread) if spread > 1e-6 else np.ones(len(scores))
+    return weights / weights.sum()
+
+
 def word_nats(
     captions: Sequence[str],
     scores: np.ndarray,
     indexes: Sequence[CaptionIndex],
-    logit_scale: float,
     trained: frozenset[str] = frozenset(),
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    A neighbour weighs softmax(logit_scale x cosine), CLIP's own reading of cosines (Radford et al. 2021, arXiv
-    2103.00020), so that a match far above the others counts for several. With s the weight of the neighbours that have
-    a word and p the share of the indexes' captions that have it, a word that the captioner was never trained on gets
-    log(s / p), since training has only ever made it less likely. Others get 0.6 s log(s / p), a part of the
-    Kullback-Leibler divergence; words as frequent everywhere, such as "a" and "the", get next to nothing.
+    With s the weight of the neighbours that have a word (`neighbor_weights`) and p the share of the indexes' captions
+    that have it, a word gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere,
+    such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets log(s / p) once s is
+    0.2, and less before, since training has only ever made it less likely.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -93,11 +113,10 @@ def word_nats(
     """
     if not captions:
         return {}
-    weights = np.exp(logit_scale * (scores - scores.max()))
     support, forms = defaultdict(float), {}
-    for caption, weight in zip(captions, weights / weights.sum(), strict=True):
+    for caption, weight in zip(captions, neighbor_weights(scores).tolist(), strict=True):
         for word, form in words_of(caption).items():
-            support[word] += float(weight)
+            support[word] += weight
             forms[word] = form
     counted = [word_counts(index, index.revision) for index in indexes]
     nats = {}
@@ -105,15 +124,79 @@ def word_nats(
         usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
         known = not trained or word in trained
         if share > usual:
-            nats[forms[word]] = math.log(share / usual) * (_KNOWN * share if known else 1.0)
+            nats[forms[word]] = math.log(share / usual) * (_KNOWN * share if known else min(1.0, share / _SURE))
     return nats
 
 
-def word_bonus(tokenizer: PreTrainedTokenizerBase, nats: Sequence[dict[str, float]], strength: float) -> WordBonus:
-    """The bonus of each of B photos, from the nats of its words."""
+def pair_nats(
+    tokens: Sequence[Sequence[int]],
+    scores: np.ndarray,
+    indexes: Sequence[CaptionIndex],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[tuple[int, int], float]:
+    """The bonus in nats of two tokens in a row, 0.8 s log(s / p) as for words; the end token is one of them.
+
+    Args:
+        tokens: those of each of the neighbours' captions, with the end token.
+        scores: the neighbours' cosines.
+    """
+    support: dict[tuple[int, int], float] = defaultdict(float)
+    for ids, weight in zip(tokens, neighbor_weights(scores).tolist() if len(scores) else [], strict=True):
+        for pair in set(pairwise(ids)):
+            support[pair] += weight
+    counted = [_pair_counts(index, index.revision, tokenizer) for index in indexes]
+    total = _PAIR_SAMPLE * len(counted) + 2
+    nats = {}
+    for pair, share in support.items():
+        usual = (sum(counts[pair] for counts in counted) + 0.5) / total
+        if share > usual:
+            nats[pair] = _PAIRS * share * math.log(share / usual)
+    return nats
+
+
+@lru_cache(maxsize=8)
+def _pair_counts(index: CaptionIndex, revision: int, tokenizer: PreTrainedTokenizerBase) -> Counter[tuple[int, int]]:
+    """How many of 5,000 captions drawn from an index, at this revision, hold each pair of tokens in a row."""
+    captions = index.captions(index.random_rows(_PAIR_SAMPLE, np.random.default_rng(0)))
+    return Counter(pair for ids in caption_tokens(tokenizer, captions) for pair in set(pairwise(ids)))
+
+
+def caption_tokens(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
+    """The tokens of each caption as training writes them, with the end token."""
+    texts = [" ".join(caption.split()) for caption in captions]
+    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return [[*own, tokenizer.eos_token_id] for own in ids]
+
+
+def neighbor_bonus(
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[Sequence[str]],
+    scores: Sequence[np.ndarray],
+    indexes: Sequence[CaptionIndex],
+    trained: frozenset[str],
+    strength: float,
+) -> WordBonus:
+    """The bonus that B photos get from the captions and cosines of their neighbours; other arguments as above."""
+    distinct = list(dict.fromkeys(caption for listed in captions for caption in listed))
+    tokens = dict(zip(distinct, caption_tokens(tokenizer, distinct), strict=True))
+    words = [word_nats(listed, own, indexes, trained) for listed, own in zip(captions, scores, strict=True)]
+    pairs = [
+        pair_nats([tokens[caption] for caption in listed], own, indexes, tokenizer)
+        for listed, own in zip(captions, scores, strict=True)
+    ]
+    return word_bonus(tokenizer, words, strength, pairs)
+
+
+def word_bonus(
+    tokenizer: PreTrainedTokenizerBase,
+    nats: Sequence[dict[str, float]],
+    strength: float,
+    pairs: Sequence[dict[tuple[int, int], float]] = (),
+) -> WordBonus:
+    """The bonus of each of B photos, from the nats of its words and of its pairs of tokens."""
     rows: list[dict[tuple[int, int], float]] = []
-    for words in nats:
-        row: dict[tuple[int, int], float] = {}
+    for words, following in zip_longest(nats, pairs, fillvalue={}):
+        row = {pair: strength * value for pair, value in following.items()}
         for word, value in words.items():
             ids = tokenizer.encode(f" {word}", add_special_tokens=False)
             for after, token in zip([-1, *ids], ids, strict=False):

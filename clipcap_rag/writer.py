@@ -60,7 +60,8 @@ class Writer:
         if not len(images.vectors):
             return []
         written = self.written(images, neighbors, digests, generation)
-        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation)
+        judges = self.judges(neighbors)
+        return (ranker or Ranker(self.encoder)).rank(written, images.vectors, generation, judges)
 
     def written(
         self, images: Embeddings, neighbors: Neighbors, digests: Sequence[bytes], generation: GenerationConfig
@@ -82,9 +83,17 @@ class Writer:
             )
         return written
 
+    def shown(self, neighbors: Neighbors) -> Neighbors:
+        """Those neighbours that the mapper is shown; the words of all of them help to write and to rank."""
+        return neighbors.first(self.checkpoint.mapper_neighbors)
+
+    def judges(self, neighbors: Neighbors) -> Neighbors | None:
+        """Those whose captions sampled candidates are compared with; None for a model that retrieves few."""
+        return neighbors if self.checkpoint.raises_words else None
+
     def _tensors(self, images: Embeddings, neighbors: Neighbors, dtype: torch.dtype) -> list[torch.Tensor]:
         """What the model's `prefix` and `forward` take of images and neighbours."""
-        inputs = [images.vectors if self.checkpoint.config.normalize else images.raw]
+        inputs, neighbors = [images.vectors if self.checkpoint.config.normalize else images.raw], self.shown(neighbors)
         if neighbors.rows.shape[1] and self.model.mapper.uses_neighbors:
             inputs += [neighbors.embeddings, neighbors.scores]
         tensors = [torch.from_numpy(array).to(self.device, dtype) for array in inputs]
@@ -97,7 +106,7 @@ class Writer:
         return self.model.prefix(*self._tensors(images, neighbors, self.dtype))
 
     def _words(self, neighbors: Neighbors, generation: GenerationConfig) -> dict[str, Any]:
-        return words_for(self.checkpoint, neighbors, generation, self.encoder.logit_scale)
+        return words_for(self.checkpoint, neighbors, generation)
 
     @cached_property
     def _exact(self) -> CaptionModel:
@@ -118,9 +127,9 @@ class Writer:
         ranker: Ranker | None = None,
     ) -> Evidence:
         """What the caption of one image rests on; arguments as those of `write`, for this image alone."""
-        tokenizer, (listed,) = self.checkpoint.tokenizer, neighbors.listed()
+        tokenizer, (listed,) = self.checkpoint.tokenizer, self.shown(neighbors).listed()
         prompt = prompt_tokens(tokenizer, generation.prompt)
-        images, around = versions(image, neighbors)
+        images, around = versions(image, neighbors, len(listed))
         inputs, said = self._tensors(images, around, torch.float32), self._words(around, generation)
         scores = forced_log_probabilities(self._exact, prompt, caption.tokens, inputs, **said)
         without = []

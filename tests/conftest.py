@@ -158,7 +158,13 @@ def world(tiny_clip, tiny_lm, photo_folder, tiny_captions, tmp_path_factory) -> 
         folder / "run",
         model_config=ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=3, clip_length=2),
         train_config=TrainConfig(
-            epochs=2, batch_size=4, neighbor_pool=6, max_neighbors=3, validation_fraction=0.3, learning_rate=1e-2
+            epochs=2,
+            batch_size=4,
+            neighbor_pool=6,
+            max_neighbors=3,
+            num_neighbors=3,
+            validation_fraction=0.3,
+            learning_rate=1e-2,
         ),
         **exact,
     )

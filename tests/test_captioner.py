@@ -45,7 +45,9 @@ def test_results_are_complete_and_ordered(captioner, photos):
         assert len({candidate.caption for candidate in result.candidates}) == len(result.candidates)
         assert len(result.neighbors) == 3
         assert set(result.to_json()) == {"image", "caption", "candidates", "neighbors", "error"}
-        assert set(result.to_json()["candidates"][0]) == {"caption", "clip_similarity", "log_probability", "score"}
+        assert set(result.to_json()["candidates"][0]) == {
+            *("caption", "clip_similarity", "log_probability", "agreement", "score")
+        }
         assert set(result.to_json()["neighbors"][0]) == {"row", "caption", "score", "index", "route"}
 
 

@@ -112,7 +112,7 @@ def test_forced_words_are_as_likely_as_written_ones(captioner, photo, retrieved_
     (result,) = captioner.caption(photo, generation=settings)
     encoded = captioner.encoder.encode_image([photo])
     neighbors = captioner.retriever("default")[0].search(encoded.embeddings.vectors, K)
-    images, around = versions(encoded.embeddings, neighbors)
+    images, around = versions(encoded.embeddings, neighbors, len(neighbors.captions[0]))
     scores = forced_log_probabilities(
         captioner.model,
         [],
@@ -149,7 +149,7 @@ def model_and_inputs(tiny_lm, mapper=RetrievalMapper):
 
 def evidence_of(network, tokenizer, image, neighbors):
     tokens = tokenizer("a brown bicycle waits")["input_ids"] + [tokenizer.eos_token_id]
-    images, around = versions(image, neighbors)
+    images, around = versions(image, neighbors, len(neighbors.captions[0]))
     arrays = (images.vectors, around.embeddings, around.scores, around.mask)
     scores = forced_log_probabilities(network, [], tokens, [torch.from_numpy(array) for array in arrays])
     listed = [Neighbor(row, caption, 0.5, "own") for row, caption in enumerate(neighbors.captions[0])]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clipcap_rag.generation import Written
-from clipcap_rag.rerank import by_likelihood, by_similarity, distinct, reweighted
+from clipcap_rag.rerank import RerankWeights, by_likelihood, by_similarity, distinct, reweighted
 
 WRITTEN = [
     Written("a red kite", (1, 2, 9), -3.0),
@@ -22,16 +22,23 @@ def test_equal_strings_are_one_candidate_and_the_likeliest_stays():
 
 def test_similarity_alone_and_with_likelihood():
     kept, embeddings, image = distinct(WRITTEN), np.array([[0.30, 1], [0.32, 2]]), np.array([1.0, 0.0])
-    alone = by_similarity(kept, embeddings, image, 100.0, 0.0)
+    alone = by_similarity(kept, embeddings, image, 100.0, RerankWeights(0.0, 0.0))
     assert [candidate.caption for candidate in alone] == ["a blue kite", "a red kite"]
     assert alone[0].score == pytest.approx(0.32)
-    weighed = by_similarity(kept, embeddings, image, 100.0, 5.0)
+    weighed = by_similarity(kept, embeddings, image, 100.0, RerankWeights(5.0, 0.0))
     assert [candidate.caption for candidate in weighed] == ["a red kite", "a blue kite"]
     assert weighed[0].score == pytest.approx(0.30 - 5 * 1.0 / 100)
     assert weighed[1].score == pytest.approx(0.32 - 5 * 1.5 / 100)
     assert weighed[0].clip_similarity == pytest.approx(0.30)
-    assert reweighted(alone, 100.0, 5.0) == weighed
+    assert reweighted(alone, 100.0, RerankWeights(5.0, 0.0)) == weighed
     assert [candidate.embedding[1] for candidate in weighed] == [1, 2]  # it moves with its caption
+
+
+def test_agreement_with_neighbours_counts():
+    kept, embeddings, image = distinct(WRITTEN), np.array([[0.30, 1], [0.32, 2]]), np.array([1.0, 0.0])
+    judged = by_similarity(kept, embeddings, image, 100.0, RerankWeights(0.0, 10.0), [0.5, 0.1])
+    assert [(one.caption, one.agreement) for one in judged] == [("a red kite", 0.5), ("a blue kite", 0.1)]
+    assert judged[0].score == pytest.approx(0.30 + 10 * 0.5 / 100)
 
 
 def test_likelihood_order_is_the_mean_per_token():

@@ -75,7 +75,8 @@ def test_padding_moves_to_the_left():
 
 
 def test_the_mode_follows_the_model():
-    assert text_mode("auto", 0) == "off" and text_mode("auto", 4) == "prompt"
-    assert text_mode("bias", 0) == "bias" and text_mode("off", 4) == "off"
+    assert text_mode("auto", 0, False) == "off" and text_mode("auto", 4, False) == "prompt"
+    assert text_mode("auto", 0, True) == "bias" and text_mode("off", 0, True) == "off"
+    assert text_mode("bias", 0, False) == "bias" and text_mode("off", 4, False) == "off"
     with pytest.raises(InputError, match="--text-neighbors"):
-        text_mode("prompt", 0)
+        text_mode("prompt", 0, False)

@@ -95,7 +95,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert (uninterrupted / "loss.png").read_bytes().startswith(b"\x89PNG")
     best = read_checkpoint(uninterrupted / "best")
     assert best.training["scores"]["CIDEr"] == max(entry["CIDEr"] for entry in log)
-    assert best.num_neighbors == 3 and best.index["revision"] == 1
+    assert (best.num_neighbors, best.mapper_neighbors, best.index["revision"]) == (100, 3, 1)
     assert {"a", "dog"} < best.words and not any(word != word.casefold() for word in best.words)
     assert "training.pt" not in {path.name for path in (uninterrupted / "best").iterdir()}
 

@@ -34,25 +34,25 @@ def test_words_keep_their_writing_but_not_the_capital_of_a_sentence():
 
 def test_rare_words_gain_and_usual_ones_do_not(index):
     captions = ["a zeppelin by the sea", "a zeppelin in the snow", "a brown dog in the snow"]
-    nats = word_nats(captions, np.array([0.5, 0.5, 0.5]), [index], 10.0)
+    nats = word_nats(captions, np.array([0.5, 0.5, 0.5]), [index])
     assert nats["zeppelin"] == max(nats.values()) > 0.9
     assert max(nats.get("a", 0.0), nats.get("by", 0.0)) < 0.15 * nats["zeppelin"]
-    assert word_nats([], np.array([]), [index], 10.0) == {}
+    assert word_nats([], np.array([]), [index]) == {}
 
 
 def test_words_that_were_never_trained_on_gain_most(index):
     captions = ["a zeppelin by the sea", "a brown dog in the snow"]
     known, new = (
-        word_nats(captions, np.array([0.5, 0.5]), [index], 10.0, frozenset(trained))
+        word_nats(captions, np.array([0.5, 0.5]), [index], frozenset(trained))
         for trained in ({"a", "zeppelin", "brown", "dog", "sea", "snow", "the", "in", "by"}, {"dog"})
     )
-    assert known == word_nats(captions, np.array([0.5, 0.5]), [index], 10.0)  # when nobody knows
+    assert known == word_nats(captions, np.array([0.5, 0.5]), [index])  # when nobody knows
     assert new["dog"] == known["dog"] and new["zeppelin"] > 3 * known["zeppelin"]
 
 
 def test_one_strong_match_counts_for_several(index):
     captions = ["a zeppelin by the sea", "a brown dog in the snow", "an old man in a hat"]
-    weak, strong = (word_nats(captions, np.array([score, 0.3, 0.3]), [index], 20.0)["zeppelin"] for score in (0.3, 0.6))
+    weak, strong = (word_nats(captions, np.array([score, 0.3, 0.3]), [index])["zeppelin"] for score in (0.3, 0.6))
     assert strong > 2 * weak
 
 
@@ -113,7 +113,7 @@ def test_words_added_to_an_index_are_counted(index, tmp_path):
     live = CaptionIndex.open(tmp_path / "index")
 
     def nats():
-        return word_nats(["a zeppelin"], np.array([0.4]), [live], 10.0)["zeppelin"]
+        return word_nats(["a zeppelin"], np.array([0.4]), [live])["zeppelin"]
 
     before = nats()
     add_captions(live.path, [f"a zeppelin over town number {number}" for number in range(20)])

@@ -1,0 +1,65 @@
+"""How far captions agree in their n-grams, rare ones weighing more: the cosines behind CIDEr."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_ORDERS = 4
+_PIECE = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")  # a word, or a mark
+_END = ""  # stands behind the last word, so that how a caption ends counts too
+
+Gram = tuple[str, ...]
+Vector = dict[Gram, float]
+
+
+class NgramWeights:
+    """Weights of n-grams (n = 1 to 4) by the documents that hold them, and captions as vectors of them.
+
+    These are the vectors of CIDEr (Vedantam et al. 2015, arXiv 1411.5726): per order, tf-idf of length 1. Words are
+    case folded; punctuation and the end count as words.
+    """
+
+    def __init__(self, documents: Iterable[Sequence[str]]):
+        """documents: the captions of each; an n-gram counts once in a document."""
+        self._frequency: Counter[Gram] = Counter()
+        count = 0
+        for captions in documents:
+            self._frequency.update({gram for caption in captions for gram in grams(caption)})
+            count += 1
+        self._log_count = math.log(max(2, count))
+
+    def vector(self, caption: str) -> Vector:
+        """The tf-idf of a caption's n-grams, of length 1 over all orders; empty for a caption without words."""
+        orders: list[Vector] = [{} for _ in range(_ORDERS)]
+        for gram, times in Counter(grams(caption)).items():
+            rarity = self._log_count - math.log(max(1, self._frequency[gram]))
+            orders[len(gram) - 1][gram] = times * rarity
+        found: Vector = {}
+        for part in orders:
+            length = math.sqrt(sum(value * value for value in part.values()) * _ORDERS)
+            if length:
+                found |= {gram: value / length for gram, value in part.items()}
+        return found
+
+    def mean(self, captions: Sequence[str], weights: Sequence[float]) -> Vector:
+        """The weighted sum of captions' vectors; `agreement` with it is the weighted mean agreement with them."""
+        total: Vector = {}
+        for caption, weight in zip(captions, weights, strict=True):
+            for gram, value in self.vector(caption).items():
+                total[gram] = total.get(gram, 0.0) + weight * value
+        return total
+
+
+def grams(caption: str) -> list[Gram]:
+    """All n-grams of a caption's words and its end, n = 1 to 4; none for a caption without words."""
+    words = _PIECE.findall(caption.casefold())
+    words += [_END] if words else []
+    return [tuple(words[at : at + n]) for n in range(1, _ORDERS + 1) for at in range(len(words) - n + 1)]
+
+
+def agreement(one: Vector, other: Vector) -> float:
+    """The mean over the orders of the cosines of two vectors: 1 for equal captions, 0 without a common n-gram."""
+    if len(other) < len(one):
+        one, other = other, one
+    return sum(value * other[gram] for gram, value in one.items() if gram in other)
