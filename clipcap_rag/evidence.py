@@ -130,7 +130,7 @@ def forced_log_probabilities(
     logits = model(forced, *inputs, context=context)[:, len(prompt) :].float()  # [S, T, V]
     forced = forced[:, len(prompt) :]  # [S, T]
     if bonus is not None:
-        logits = bonus.raised(logits, forced)
+        logits = logits + bonus.along(forced, logits.shape[2])
     return logits.log_softmax(-1).gather(2, forced[..., None])[..., 0].cpu().numpy()
 
 

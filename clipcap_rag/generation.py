@@ -169,6 +169,10 @@ def choose(logits: Tensor, random: Tensor, config: GenerationConfig) -> Tensor:
         return likeliest
     on_cpu = logits.device.type == "cpu"
     probabilities = (logits / config.temperature).softmax(-1)
+    if config.top_p == 1:
+        mass = probabilities.cumsum(-1)
+        drawn = torch.searchsorted(mass, (random.nan_to_num(0.0) * mass[:, -1])[:, None], right=True)[:, 0]
+        return torch.where(random.isnan(), likeliest, drawn.clamp_max(probabilities.shape[1] - 1))
     size = min(_NUCLEUS, probabilities.shape[1]) if on_cpu else probabilities.shape[1]
     top, ids = probabilities.topk(size)  # [S, size], best first
     while size < probabilities.shape[1] and top.sum(-1).min() < config.top_p:

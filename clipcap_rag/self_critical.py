@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.config import GenerationConfig
@@ -98,9 +99,9 @@ def self_critical_loss(
     repeated = [part.repeat_interleave(samples, 0) for part in inputs]
     counted = tokens != IGNORED
     forced = tokens.masked_fill(~counted, model.end_token)
-    logits = model(forced, *repeated, context=context.repeat_interleave(samples, 0)).float()  # [B x samples, T, V]
+    logits = model(forced, *repeated, context=context.repeat_interleave(samples, 0))  # [B x samples, T, V]
     if bonus is not None:
         owners = torch.arange(len(inputs[0]), device=device).repeat_interleave(samples)
-        logits = bonus.rows(owners).raised(logits, forced)
-    likely = logits.log_softmax(-1).gather(2, forced[..., None])[..., 0]
-    return -(advantage[:, None] * likely * counted).sum(), int(counted.sum())
+        logits = logits + bonus.rows(owners).along(forced, logits.shape[2]).to(logits.dtype)
+    surprise = F.cross_entropy(logits[counted].float(), tokens[counted], reduction="none")
+    return (advantage[:, None].expand_as(tokens)[counted] * surprise).sum(), int(counted.sum())

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from clipcap_rag.hardware import pick_device, pick_dtype, seed_everything
 from clipcap_rag.loss_plot import draw_losses
 from clipcap_rag.metrics import require_metrics
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
+from clipcap_rag.objectives import batch_losses
 from clipcap_rag.optimizer import make_optimizer, set_learning_rate, warmup_batches
 from clipcap_rag.progress import bar, say
 from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
-from clipcap_rag.self_critical import CaptionReward, sample_captions, self_critical_loss
 from clipcap_rag.stages import Stage, TrainingData
 from clipcap_rag.validation import validate
 
@@ -297,7 +296,8 @@ class _Run:
         shown = "loss" if self.stage.reward is None else "reward"
         self.model.train()
         with bar(f"{self.stage.name} {epoch + 1}/{self.stage.epochs}", per_epoch, done, "step") as progress:
-            for loss, figure in self._batch_losses(epoch, done):
+            parts = (self.model, self.tokenizer, self.config, self.dtype)
+            for loss, figure in batch_losses(self.stage, epoch, done, *parts):
                 self._train_step(loss)
                 self.losses.append(figure)
                 self.step += 1
@@ -313,40 +313,6 @@ class _Run:
     def _complete(self, step: int) -> bool:
         """Whether no gradients are pending after `step` batches; the last batches of an epoch may be fewer."""
         return step % self.stage.steps % self.config.accumulate == 0
-
-    def _batch_losses(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, float]]:
-        """For each batch the loss per token, and the figure that the log shows of it."""
-        if self.stage.reward is not None:
-            yield from self._reward_losses(self.stage.reward, epoch, skip)
-            return
-        for batch in self.stage.batches.epoch(epoch, skip):
-            batch = batch.to(self.device)
-            with self._precision():
-                total, count = self.model.loss(batch.tokens, *batch.inputs, context=batch.context)
-            yield total / count, (total / count).item()
-
-    def _reward_losses(self, reward: CaptionReward, epoch: int, skip: int) -> Iterator[tuple[Tensor, float]]:
-        config, batches = self.config, self.stage.batches.photo_epoch(epoch, skip)
-        for number, (photos, batch) in enumerate(batches, start=skip):
-            batch = batch.to(self.device)
-            seeds = [f"{config.seed}:{epoch}:{number}:{photo}".encode() for photo in photos]
-            self.model.eval()  # the captions are those that it would write
-            with torch.no_grad():
-                prefix = self.model.prefix(*batch.inputs)
-            settings = (config.reward_samples, config.max_caption_tokens, seeds, batch.context, batch.bonus)
-            written = sample_captions(self.model, self.tokenizer, prefix, *settings)
-            rewards = [
-                reward.rewards(photo, [found.caption for found in captions])
-                for photo, captions in zip(photos, written, strict=True)
-            ]
-            with self._precision():
-                total, count = self_critical_loss(
-                    self.model, written, rewards, batch.inputs, batch.context, batch.bonus
-                )
-            yield total / count, float(np.mean(rewards))
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _train_step(self, loss: Tensor) -> None:
         config = self.config

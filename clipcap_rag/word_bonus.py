@@ -48,12 +48,14 @@ class WordBonus:
             fits = fits | (self.after == last[:, None])
         return logits.scatter_add(1, self.tokens, self.nats.to(logits.dtype) * fits)
 
-    def raised(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """logits [S, T, V] of T tokens [S, T] with the bonus that writing them left for each."""
-        left, steps = self, [self.add(logits[:, 0])]
-        for step in range(1, tokens.shape[1]):
-            left = left.without(tokens[:, step - 1])
-            steps.append(left.add(logits[:, step], tokens[:, step - 1]))
+    @torch.no_grad()
+    def along(self, tokens: Tensor, vocabulary: int) -> Tensor:
+        """What writing the tokens [S, T] left of the bonus for each of them: [S, T, V]."""
+        left, steps = self, []
+        for step in range(tokens.shape[1]):
+            last = tokens[:, step - 1] if step else None
+            left = left if last is None else left.without(last)
+            steps.append(left.add(self.nats.new_zeros(len(tokens), vocabulary), last))
         return torch.stack(steps, dim=1)
 
     def without(self, written: Tensor) -> Self:
@@ -187,6 +189,11 @@ def neighbor_bonus(
     return word_bonus(tokenizer, words, strength, pairs)
 
 
+@lru_cache(maxsize=100_000)
+def _word_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    return tokenizer.encode(f" {word}", add_special_tokens=False)
+
+
 def word_bonus(
     tokenizer: PreTrainedTokenizerBase,
     nats: Sequence[dict[str, float]],
@@ -198,7 +205,7 @@ def word_bonus(
     for words, following in zip_longest(nats, pairs, fillvalue={}):
         row = {pair: strength * value for pair, value in following.items()}
         for word, value in words.items():
-            ids = tokenizer.encode(f" {word}", add_special_tokens=False)
+            ids = _word_tokens(tokenizer, word)
             for after, token in zip([-1, *ids], ids, strict=False):
                 row[after, token] = max(row.get((after, token), 0.0), strength * value)
         rows.append(row)

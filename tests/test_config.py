@@ -62,7 +62,7 @@ def test_every_field_is_documented_and_frozen(config):
         (GenerationConfig, {"num_beams": 0}, "num_beams is 0"),
         (GenerationConfig, {"max_new_tokens": -1}, "max_new_tokens is -1"),
         (GenerationConfig, {"seed": -1}, "seed is -1"),
-        (TrainConfig, {"epochs": 0}, "epochs is 0"),
+        (TrainConfig, {"epochs": -1}, "epochs is -1"),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0"),
         (TrainConfig, {"warmup": 1.5}, "warmup is 1.5"),
         (TrainConfig, {"warmup": -5000}, "warmup is -5000"),

@@ -8,8 +8,11 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.presets import PRESETS, configure, description
 
 
-def test_rag_is_the_defaults():
-    assert configure("rag") == (ModelConfig(), TrainConfig())
+def test_rag_retrieves_and_ends_on_rewards():
+    model, train = configure("rag")
+    assert model.mapper == "retrieval" and train.reward_epochs and train.raises_words
+    assert train == TrainConfig(**{name: value for name, value in PRESETS["rag"].items() if name != "mapper_layers"})
+    assert model == ModelConfig(mapper_layers=PRESETS["rag"]["mapper_layers"])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ def test_a_preset_says_what_it_sets_and_what_was_given_instead():
     said = description("clipcap-mlp", {"epochs": 2, "seed": 1})
     assert said.startswith("preset clipcap-mlp: mapper mlp, ") and "learning_rate 2e-05" in said
     assert "epochs 2 instead of 10" in said and "seed" not in said
-    assert description("rag", {"epochs": 2}) == "preset rag: the defaults"
+    assert description("rag", {"epochs": 7}).startswith("preset rag: mapper_layers 2, epochs 7 instead of 2")
 
 
 def test_what_does_not_exist_is_named():
