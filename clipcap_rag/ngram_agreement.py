@@ -42,12 +42,12 @@ class NgramWeights:
                 found |= {gram: value / length for gram, value in part.items()}
         return found
 
-    def mean(self, captions: Sequence[str], weights: Sequence[float]) -> Vector:
-        """The weighted sum of captions' vectors; `agreement` with it is the weighted mean agreement with them."""
+    def mean(self, captions: Sequence[str]) -> Vector:
+        """The mean of captions' vectors; `agreement` with it is the mean agreement with them."""
         total: Vector = {}
-        for caption, weight in zip(captions, weights, strict=True):
+        for caption in captions:
             for gram, value in self.vector(caption).items():
-                total[gram] = total.get(gram, 0.0) + weight * value
+                total[gram] = total.get(gram, 0.0) + value / len(captions)
         return total
 
 

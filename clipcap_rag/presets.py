@@ -91,7 +91,7 @@ def configure(preset: str, **settings: Any) -> tuple[ModelConfig, TrainConfig]:
 def description(preset: str, settings: dict[str, Any]) -> str:
     """One line: what the preset sets and what of it `settings` overrule."""
     parts = [
-        f"{name} {settings[name]} instead of {value}" if name in settings else f"{name} {value}"
+        f"{name} {value}" if settings.get(name, value) == value else f"{name} {settings[name]} instead of {value}"
         for name, value in PRESETS[preset].items()
     ]
     return f"preset {preset}: {', '.join(parts) or 'the defaults'}"

@@ -13,7 +13,6 @@ from clipcap_rag.generation import Written
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.ngram_agreement import NgramWeights, agreement
 from clipcap_rag.rerank import Candidate, RerankWeights, by_likelihood, by_similarity, distinct
-from clipcap_rag.word_bonus import neighbor_weights
 
 _MEMORY = 64 * 2**20  # bytes of embeddings kept
 _COUNTED = 5_000  # captions of the indexes whose n-grams are counted; 1,000 ranked as well
@@ -75,10 +74,8 @@ class Ranker:
             yield from ([] for _ in written)
             return
         weights = ngram_weights(tuple(neighbors.indexes), tuple(index.revision for index in neighbors.indexes))
-        rows = zip(written, neighbors.captions, neighbors.scores, neighbors.mask, strict=True)
-        for captions, around, scores, mask in rows:
-            shares = neighbor_weights(scores[mask]) if around else []
-            common = weights.mean(around, shares)
+        for captions, around in zip(written, neighbors.captions, strict=True):
+            common = weights.mean(around)
             yield [agreement(weights.vector(found.caption), common) for found in captions]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

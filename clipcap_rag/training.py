@@ -1,6 +1,5 @@
 """The training loop: features and neighbour rows in, a checkpoint out; stops and continues without a trace."""
 
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from clipcap_rag.artifact import disk_errors
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
+from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.encoder import check_same_encoder
 from clipcap_rag.errors import InputError
@@ -20,12 +19,12 @@ from clipcap_rag.features import FeatureSet
 from clipcap_rag.hardware import pick_device, pick_dtype, seed_everything
 from clipcap_rag.loss_plot import draw_losses
 from clipcap_rag.metrics import require_metrics
-from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune
 from clipcap_rag.objectives import batch_losses
 from clipcap_rag.optimizer import make_optimizer, set_learning_rate, warmup_batches
 from clipcap_rag.progress import bar, say
 from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signals
 from clipcap_rag.stages import Stage, TrainingData
+from clipcap_rag.starting_model import StartingModel
 from clipcap_rag.validation import validate
 
 _SAVE_SECONDS = 300  # longest time whose work a kill can cost
@@ -120,21 +119,15 @@ class _Run:
         self.start, self.features, self.dtype = start, features, pick_dtype(dtype, device)
         seed_everything(config.seed)
         if start is None:
-            self._build(language_model, model_config)
+            begun = StartingModel.fresh(language_model, model_config, features)
         else:
-            self._take_over(read_checkpoint(checkpoint_folder(start)))
-        self._check_model()
-        self.model.to(device)
-        self.data = TrainingData(
-            features,
-            validation,
-            index,
-            text_index,
-            self.tokenizer,
-            self.model_config,
-            config,
-            room=self._room(),
-        )
+            begun = StartingModel.of_captioner(start, features)
+        begun.check(config, index is not None)
+        self.model, self.tokenizer, self.model_config = begun.model.to(device), begun.tokenizer, begun.config
+        self.language_model, room = begun.language_model, begun.room(config)
+        shared = (self.tokenizer, self.model_config, config)
+        self.data = TrainingData(features, validation, index, text_index, *shared, room=room)
+        self.words = self.data.words | begun.words
         if index is not None:
             self._set_statistics()
         self.epochs = [(stage, epoch) for stage in self.data.stages for epoch in range(stage.epochs)]
@@ -142,45 +135,6 @@ class _Run:
         self.best, self.stale = -math.inf, 0
         self._enter(self.data.stages[0])
         self.directory = RunDirectory(out, self._job())
-
-    def _build(self, language_model: str, config: ModelConfig) -> None:
-        """A model with a fresh mapper."""
-        network, self.tokenizer = load_language_model(language_model)
-        self.language_model = language_model
-        self.model_config = dataclasses.replace(
-            config, clip_dim=self.features.embeddings.shape[1], lm_dim=network.config.n_embd
-        )
-        mapper = build_mapper(self.model_config)
-        self.model = CaptionModel(mapper, tune(network, self.model_config), self.tokenizer.eos_token_id)
-
-    def _take_over(self, start: Checkpoint) -> None:
-        """The model of a captioner."""
-        check_same_encoder(
-            self.features.encoder, f"the feature set {self.features.path}", start.encoder, f"the model {self.start}"
-        )
-        self.model, self.tokenizer, self.model_config = start.model, start.tokenizer, start.config
-        self.language_model = start.language_model
-
-    def _check_model(self) -> None:
-        mapper = self.model_config.mapper
-        if self.index is None and mapper == "retrieval":
-            raise InputError("the retrieval mapper needs an index; pass --index, or --mapper transformer to do without")
-        if self.index is not None and mapper != "retrieval":
-            raise InputError(f"the {mapper} mapper looks at no neighbours; drop --index")
-        if self.index is None and self.config.text_neighbors:
-            raise InputError("text_neighbors needs an index whose words are shown; pass --index, or leave it at 0")
-        if self._room() < 0:
-            prefix, longest = self.model_config.prefix_length, self.config.max_caption_tokens
-            raise InputError(
-                f"max_caption_tokens {longest} and prefix_length {prefix} exceed the "
-                f"{self.model.language_model.config.n_positions} positions of {self.language_model}; "
-                f"at most {self._room() + longest} tokens fit"
-            )
-
-    def _room(self) -> int:
-        """Positions left for the neighbours' words."""
-        positions = self.model.language_model.config.n_positions
-        return positions - self.model_config.prefix_length - 1 - self.config.max_caption_tokens
 
     def _enter(self, stage: Stage) -> None:
         """A stage has an optimiser of its own; `step` counts its batches."""
@@ -236,7 +190,7 @@ class _Run:
             num_neighbors=0 if index is None else self.config.num_neighbors,
             mapper_neighbors=0 if index is None else self.config.max_neighbors,
             text_neighbors=self.config.text_neighbors,
-            words=self.data.words,
+            words=self.words,
             training={
                 "features": self.features.name,
                 "settings": self.config.to_json(),

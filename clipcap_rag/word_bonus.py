@@ -85,12 +85,12 @@ def word_counts(index: CaptionIndex, revision: int) -> Counter[str]:
     return Counter(word for caption in index.captions(rows) for word in words_of(caption))
 
 
-def neighbor_weights(scores: np.ndarray) -> np.ndarray:
-    """How much each of K neighbours counts, 1 in all: softmax of half the standard scores of their cosines [K].
+def match_weights(scores: np.ndarray) -> np.ndarray:
+    """How much each of K neighbours counts, 1 in all: softmax of the standard scores of their cosines [K].
 
     A match far above the others so counts for several, whatever the spread of the cosines of an encoder.
     """
-    spread = 2 * scores.std()
+    spread = scores.std()
     weights = np.exp((scores - scores.max()) / spread) if spread > 1e-6 else np.ones(len(scores))
     return weights / weights.sum()
 
@@ -103,10 +103,11 @@ def word_nats(
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    With s the weight of the neighbours that have a word (`neighbor_weights`) and p the share of the indexes' captions
-    that have it, a word gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere,
-    such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets log(s / p) once s is
-    0.2, and less before, since training has only ever made it less likely.
+    With s the share of the neighbours that have a word and p the share of the indexes' captions that have it, a word
+    gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere, such as "a" and
+    "the", get next to nothing. A word that the captioner was never trained on gets more, since training has only ever
+    made it less likely: s is the weight of its neighbours (`match_weights`), and the bonus is log(s / p) once s is 0.2,
+    and less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -115,41 +116,37 @@ def word_nats(
     """
     if not captions:
         return {}
-    support, forms = defaultdict(float), {}
-    for caption, weight in zip(captions, neighbor_weights(scores).tolist(), strict=True):
+    share, matched, forms = defaultdict(float), defaultdict(float), {}
+    for caption, weight in zip(captions, match_weights(scores).tolist(), strict=True):
         for word, form in words_of(caption).items():
-            support[word] += weight
+            share[word] += 1 / len(captions)
+            matched[word] += weight
             forms[word] = form
     counted = [word_counts(index, index.revision) for index in indexes]
     nats = {}
-    for word, share in support.items():
-        usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
+    for word, form in forms.items():
         known = not trained or word in trained
-        if share > usual:
-            nats[forms[word]] = math.log(share / usual) * (_KNOWN * share if known else min(1.0, share / _SURE))
+        found, factor = (share[word], _KNOWN * share[word]) if known else (matched[word], matched[word] / _SURE)
+        usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
+        if found > usual:
+            nats[form] = math.log(found / usual) * min(1.0, factor)
     return nats
 
 
 def pair_nats(
-    tokens: Sequence[Sequence[int]],
-    scores: np.ndarray,
-    indexes: Sequence[CaptionIndex],
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[Sequence[int]], indexes: Sequence[CaptionIndex], tokenizer: PreTrainedTokenizerBase
 ) -> dict[tuple[int, int], float]:
     """The bonus in nats of two tokens in a row, 0.8 s log(s / p) as for words; the end token is one of them.
 
     Args:
         tokens: those of each of the neighbours' captions, with the end token.
-        scores: the neighbours' cosines.
     """
-    support: dict[tuple[int, int], float] = defaultdict(float)
-    for ids, weight in zip(tokens, neighbor_weights(scores).tolist() if len(scores) else [], strict=True):
-        for pair in set(pairwise(ids)):
-            support[pair] += weight
+    support = Counter(pair for ids in tokens for pair in set(pairwise(ids)))
     counted = [_pair_counts(index, index.revision, tokenizer) for index in indexes]
     total = _PAIR_SAMPLE * len(counted) + 2
     nats = {}
-    for pair, share in support.items():
+    for pair, times in support.items():
+        share = times / len(tokens)
         usual = (sum(counts[pair] for counts in counted) + 0.5) / total
         if share > usual:
             nats[pair] = _PAIRS * share * math.log(share / usual)
@@ -182,10 +179,7 @@ def neighbor_bonus(
     distinct = list(dict.fromkeys(caption for listed in captions for caption in listed))
     tokens = dict(zip(distinct, caption_tokens(tokenizer, distinct), strict=True))
     words = [word_nats(listed, own, indexes, trained) for listed, own in zip(captions, scores, strict=True)]
-    pairs = [
-        pair_nats([tokens[caption] for caption in listed], own, indexes, tokenizer)
-        for listed, own in zip(captions, scores, strict=True)
-    ]
+    pairs = [pair_nats([tokens[caption] for caption in listed], indexes, tokenizer) for listed in captions]
     return word_bonus(tokenizer, words, strength, pairs)
 
 

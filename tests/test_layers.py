@@ -94,6 +94,7 @@ LAYERS = {
     "caption_photos": 2.5,
     "self_critical": 3.6,
     "stages": 3.8,
+    "starting_model": 3.3,
     "objectives": 3.9,
     "batches": 3.5,
     "run_directory": 3.5,

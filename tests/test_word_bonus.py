@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.index_builder import build_caption_index
 from clipcap_rag.index_editor import add_captions
 from clipcap_rag.model import load_tokenizer
-from clipcap_rag.word_bonus import word_bonus, word_nats, words_of
+from clipcap_rag.word_bonus import caption_tokens, pair_nats, word_bonus, word_nats, words_of
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,37 @@ def test_words_that_were_never_trained_on_gain_most(index):
     assert new["dog"] == known["dog"] and new["zeppelin"] > 3 * known["zeppelin"]
 
 
-def test_one_strong_match_counts_for_several(index):
-    captions = ["a zeppelin by the sea", "a brown dog in the snow", "an old man in a hat"]
-    weak, strong = (word_nats(captions, np.array([score, 0.3, 0.3]), [index])["zeppelin"] for score in (0.3, 0.6))
-    assert strong > 2 * weak
+def test_one_strong_match_counts_for_several_when_it_has_a_new_word(index):
+    captions = ["a zeppelin by the sea", *(f"a brown dog number {number}" for number in range(19))]
+    weak, strong = (
+        word_nats(captions, np.array([score, *[0.3] * 19]), [index], frozenset({"dog"}))["zeppelin"]
+        for score in (0.3, 0.6)
+    )
+    assert strong > 2 * weak > 0
+
+
+def test_pairs_of_tokens_gain_where_the_neighbours_share_them(index, tiny_lm):
+    tokenizer = load_tokenizer(tiny_lm)
+    shared, single = "a zeppelin at sea", "an old man in a hat"
+    tokens = caption_tokens(tokenizer, [shared, shared, shared, single])
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
+    nats = pair_nats(tokens, [index], tokenizer)
+    common, rare = ({*pairwise(tokens[place])} for place in (0, 3))
+    assert max(nats[pair] for pair in common - rare) > 2 * max(nats[pair] for pair in rare - common)
+    assert pair_nats([], [index], tokenizer) == {}
+
+
+def test_the_bonus_along_a_caption_is_that_of_writing_it(tiny_lm):
+    tokenizer = load_tokenizer(tiny_lm)
+    ids = torch.tensor([tokenizer.encode(" zeppelin zeppelin")])
+    bonus = word_bonus(tokenizer, [{"zeppelin": 2.0}], 1.0, [{(int(ids[0, 1]), 7): 0.5}])
+    along = bonus.along(ids, len(tokenizer))
+    left, zeros = bonus, torch.zeros(1, len(tokenizer))
+    assert torch.equal(along[:, 0], left.add(zeros))
+    for step in range(1, ids.shape[1]):
+        left = left.without(ids[:, step - 1])
+        assert torch.equal(along[:, step], left.add(zeros, ids[:, step - 1]))
+    assert along[0, 2, 7] == 0.5
 
 
 def test_only_the_words_are_raised_and_a_part_only_behind_the_part_before(tiny_lm):
@@ -84,12 +112,14 @@ def test_a_captioner_takes_up_words_of_its_neighbors(world, index, decoding):
     off = captioner.caption(photos, retrieved_text="off", **settings)
     assert off == captioner.caption(photos, **settings)
     assert off == captioner.caption(photos, retrieved_text="bias", bias_strength=0.0, **settings)
-    strong = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **settings)
-    for result in strong:
-        near = {word for neighbor in result.neighbors for word in words_of(neighbor.caption)}
-        said = words_of(result.caption)
-        assert len(near & said.keys()) >= 2
-    without = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **(settings | {"index": None}))
+    strong = captioner.caption(photos, retrieved_text="bias", bias_strength=20.0, **settings)
+
+    def taken_up(results):
+        near = [{word for one in result.neighbors for word in words_of(one.caption)} for result in results]
+        return sum(len(own & words_of(found.caption).keys()) for own, found in zip(near, results, strict=True))
+
+    assert taken_up(strong) >= taken_up(off) + 3
+    without = captioner.caption(photos, retrieved_text="bias", bias_strength=20.0, **(settings | {"index": None}))
     assert without == captioner.caption(photos, **(settings | {"index": None}))
 
 
