@@ -5,11 +5,11 @@ from typing import Any
 
 from clipcap_rag.errors import InputError
 from clipcap_rag.evaluated import Photos
-from clipcap_rag.metrics import cider
 from clipcap_rag.neighbor_conditions import Condition
 from clipcap_rag.neighbors import Neighbors
+from clipcap_rag.ngram_agreement import agreement
 from clipcap_rag.prediction_files import PredictionFiles, Predictions
-from clipcap_rag.ptb_tokens import tokenize
+from clipcap_rag.ranker import ngram_weights
 
 
 def nearest_captions(neighbors: Neighbors) -> list[str]:
@@ -18,18 +18,15 @@ def nearest_captions(neighbors: Neighbors) -> list[str]:
 
 
 def consensus_captions(neighbors: Neighbors) -> list[str]:
-    """Of each photo's neighbours the one with the highest CIDEr against the others (Devlin et al. 2015, 1505.04467)."""
-    words = [[tokenize(caption) for caption in captions] for captions in neighbors.captions]
-    places = [(photo, place) for photo, captions in enumerate(words) for place in range(len(captions))]
-    others = [[*words[photo][:place], *words[photo][place + 1 :]] for photo, place in places]
-    best = [(-1.0, caption) for caption in nearest_captions(neighbors)]
-    if any(text for rest in others for text in rest):
-        found = cider([rest or [""] for rest in others], [words[photo][place] for photo, place in places])
-        agreement = found["CIDEr"].statistics[:, 0]  # the CIDEr of each caption
-        for (photo, place), value in zip(places, agreement.tolist(), strict=True):
-            if value > best[photo][0]:
-                best[photo] = value, neighbors.captions[photo][place]
-    return [caption for _, caption in best]
+    """Of each photo's neighbours the one that agrees most with all of them (Devlin et al. 2015, arXiv 1505.04467)."""
+    weights = ngram_weights(tuple(neighbors.indexes), tuple(index.revision for index in neighbors.indexes))
+    chosen = []
+    for captions in neighbors.captions:
+        common = weights.mean(captions)
+        chosen.append(
+            max(captions, key=lambda caption, common=common: agreement(weights.vector(caption), common), default="")
+        )
+    return chosen
 
 
 BASELINES = {"nearest caption": nearest_captions, "consensus caption": consensus_captions}
