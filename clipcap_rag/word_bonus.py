@@ -21,7 +21,7 @@ _SAMPLE = 20_000  # captions of an index whose words are counted
 _PAIR_SAMPLE = 5_000  # likewise, for pairs of tokens
 _KNOWN = 0.6  # of s log(s / p) for words that the captioner was trained on
 _PAIRS = 0.8  # likewise for pairs of tokens; 0.4 to 1.2 with 0.4 to 1 for words wrote captions as good
-_SURE = 0.2  # weight of the neighbours with a word never trained on from which it has its whole bonus
+_SURE = 0.02  # weight of the neighbours with a word never trained on from which it has its whole bonus
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def word_nats(
     With s the share of the neighbours that have a word and p the share of the indexes' captions that have it, a word
     gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere, such as "a" and
     "the", get next to nothing. A word that the captioner was never trained on gets more, since training has only ever
-    made it less likely: s is the weight of its neighbours (`match_weights`), and the bonus is log(s / p) once s is 0.2,
-    and less before.
+    made it less likely: s is the weight of its neighbours (`match_weights`), and the bonus is log(s / p) once s is
+    0.02, and less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
