@@ -35,7 +35,7 @@ PASSES, CLIP_ROUNDS, LM_EPOCHS = 16, 70, 3
 MODEL = ModelConfig(mapper_layers=2, mapper_heads=4, mapper_dropout=0.1)
 TRAINING = TrainConfig(
     epochs=3, batch_size=20, learning_rate=1e-3, lm_learning_rate=5e-4, image_noise=0.5, neighbor_noise=0.3,
-    pool_sampling=0.2, random_neighbors=0.05,
+    pool_sampling=0.2, random_neighbors=0.05, num_neighbors=8,
 )  # fmt: skip
 
 

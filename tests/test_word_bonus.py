@@ -51,10 +51,10 @@ def test_words_that_were_never_trained_on_gain_most(index):
     assert new["dog"] == known["dog"] and new["zeppelin"] > 3 * known["zeppelin"]
 
 
-def test_one_strong_match_counts_for_several_when_it_has_a_new_word(index):
+def test_one_strong_match_counts_for_several_when_it_has_a_new_word(world):
     captions = ["a zeppelin by the sea", *(f"a brown dog number {number}" for number in range(99))]
     weak, strong = (
-        word_nats(captions, np.array([score, *[0.3] * 99]), [index], frozenset({"dog"}))["zeppelin"]
+        word_nats(captions, np.array([score, *[0.3] * 99]), [world.index], frozenset({"dog"}))["zeppelin"]
         for score in (0.3, 0.6)
     )
     assert strong > 2 * weak > 0
