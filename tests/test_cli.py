@@ -27,6 +27,7 @@ from clipcap_rag.config import (
 from clipcap_rag.errors import InputError
 from clipcap_rag.flags import make_config
 from clipcap_rag.judging import JudgingConfig
+from clipcap_rag.neighbors import LISTED
 from clipcap_rag.ngrams import PhraseOptions
 from clipcap_rag.sources import SourceOptions
 
@@ -353,7 +354,9 @@ def test_captions_as_json_lines(job, capsys):
         assert list(result) == ["image", "caption", "candidates", "neighbors", "error"]
         assert result["error"] is None
         assert result["caption"] == result["candidates"][0]["caption"]
-        assert set(result["candidates"][0]) == {"caption", "clip_similarity", "log_probability", "score"}
+        assert set(result["candidates"][0]) == {
+            *("caption", "clip_similarity", "log_probability", "agreement", "score")
+        }
         assert len(result["neighbors"]) == 4
         assert set(result["neighbors"][0]) == {"row", "caption", "score", "index", "route"}
         assert {neighbor["index"] for neighbor in result["neighbors"]} == {"own"}
@@ -392,7 +395,7 @@ def test_a_bad_image_is_reported_and_the_rest_captioned(job, capsys, tmp_path):
 def test_verbose_shows_neighbours_and_candidates(job, capsys):
     assert call("caption", job.photos[0], "--model", job / "model", "--verbose", *WRITE) == 0
     output = capsys.readouterr().out
-    assert output.count("    near ") == 8 and "    rank " in output and "kite" in output
+    assert output.count("    near ") == LISTED and "    rank " in output and "kite" in output
 
 
 def test_index_info_search_verify(job, capsys):
