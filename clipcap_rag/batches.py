@@ -179,7 +179,7 @@ class CaptionBatches:
         scores = np.einsum("bd,bkd->bk", self.features.unit_embeddings(photos), embeddings)
         captions = [self.index.captions(own[kept]) for own, kept in zip(rows, present, strict=True)]
         kept = [own[mask] for own, mask in zip(scores, present, strict=True)]
-        return neighbor_bonus(self.tokenizer, captions, kept, [self.index], frozenset(), 1.0)
+        return neighbor_bonus(self.tokenizer, captions, kept, [self.index])
 
     def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Neighbour rows [B, K] as training shows them: fewer, from further down, random ones, or none.

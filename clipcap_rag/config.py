@@ -124,6 +124,11 @@ class GenerationConfig(Config):
         "with bias: how much words and pairs of tokens that the neighbours share are raised; 1 raises a word that no "
         "training caption had by the logarithm of how much more frequent it is among them than in the index",
     )
+    new_word_share: float = option(
+        0.2,
+        "with bias: weight of the neighbours that have a word never trained on from which its bonus is whole; 0.02 "
+        "names more of what only the index knows, and says more that is wrong",
+    )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")
 
     def __post_init__(self) -> None:
@@ -137,6 +142,9 @@ class GenerationConfig(Config):
         )
         _require(self.agreement_weight >= 0, f"agreement_weight is {self.agreement_weight}; it must be 0 or more")
         _require(self.bias_strength >= 0, f"bias_strength is {self.bias_strength}; it must be 0 or more")
+        _require(
+            0 < self.new_word_share <= 1, f"new_word_share is {self.new_word_share}; it must be above 0, at most 1"
+        )
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must be above 0 and at most 1")
         _require(self.temperature > 0, f"temperature is {self.temperature}; it must be above 0 (or use greedy)")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")

@@ -31,8 +31,9 @@ def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: Generati
         return {"context": context.to(device)}
     if mode == "bias":
         scores = [own[mask] for own, mask in zip(neighbors.scores, neighbors.mask, strict=True)]
-        given = (neighbors.captions, scores, neighbors.indexes, checkpoint.words, generation.bias_strength)
-        return {"bonus": neighbor_bonus(tokenizer, *given).to(device)}
+        found = (neighbors.captions, scores, neighbors.indexes)
+        settings = (checkpoint.words, generation.bias_strength, generation.new_word_share)
+        return {"bonus": neighbor_bonus(tokenizer, *found, *settings).to(device)}
     return {}
 
 

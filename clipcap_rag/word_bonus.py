@@ -21,7 +21,6 @@ _SAMPLE = 20_000  # captions of an index whose words are counted
 _PAIR_SAMPLE = 5_000  # likewise, for pairs of tokens
 _KNOWN = 0.6  # of s log(s / p) for words that the captioner was trained on
 _PAIRS = 0.8  # likewise for pairs of tokens; 0.4 to 1.2 with 0.4 to 1 for words wrote captions as good
-_SURE = 0.02  # weight of the neighbours with a word never trained on from which it has its whole bonus
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ def word_nats(
     scores: np.ndarray,
     indexes: Sequence[CaptionIndex],
     trained: frozenset[str] = frozenset(),
+    new_word_share: float = 0.2,
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
@@ -107,7 +107,7 @@ def word_nats(
     gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere, such as "a" and
     "the", get next to nothing. A word that the captioner was never trained on gets more, since training has only ever
     made it less likely: s is the weight of its neighbours (`match_weights`), and the bonus is log(s / p) once s is
-    0.02, and less before.
+    `new_word_share`, and less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -126,7 +126,9 @@ def word_nats(
     nats = {}
     for word, form in forms.items():
         known = not trained or word in trained
-        found, factor = (share[word], _KNOWN * share[word]) if known else (matched[word], matched[word] / _SURE)
+        found, factor = (
+            (share[word], _KNOWN * share[word]) if known else (matched[word], matched[word] / new_word_share)
+        )
         usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
         if found > usual:
             nats[form] = math.log(found / usual) * min(1.0, factor)
@@ -172,13 +174,15 @@ def neighbor_bonus(
     captions: Sequence[Sequence[str]],
     scores: Sequence[np.ndarray],
     indexes: Sequence[CaptionIndex],
-    trained: frozenset[str],
-    strength: float,
+    trained: frozenset[str] = frozenset(),
+    strength: float = 1.0,
+    new_word_share: float = 0.2,
 ) -> WordBonus:
     """The bonus that B photos get from the captions and cosines of their neighbours; other arguments as above."""
     distinct = list(dict.fromkeys(caption for listed in captions for caption in listed))
     tokens = dict(zip(distinct, caption_tokens(tokenizer, distinct), strict=True))
-    words = [word_nats(listed, own, indexes, trained) for listed, own in zip(captions, scores, strict=True)]
+    photos = zip(captions, scores, strict=True)
+    words = [word_nats(listed, own, indexes, trained, new_word_share) for listed, own in photos]
     pairs = [pair_nats([tokens[caption] for caption in listed], indexes, tokenizer) for listed in captions]
     return word_bonus(tokenizer, words, strength, pairs)
 
