@@ -13,6 +13,7 @@ from clipcap_rag.cli import main
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.metrics import recall_at
+from clipcap_rag.neighbors import LISTED
 
 pytestmark = [
     pytest.mark.photos,
@@ -68,7 +69,7 @@ def test_captions_with_retrieval_on_off_and_swapped(small, capfd):
         assert [result["image"] for result in results] == [str(photo) for photo in small.photos[:6]]
         assert all(result["caption"] and result["error"] is None for result in results)
         assert all(len(result["caption"].split()) >= 3 for result in results)
-    assert all(len(result["neighbors"]) == 8 for result in on + swapped)
+    assert all(len(result["neighbors"]) == LISTED for result in on + swapped)
     assert not any(result["neighbors"] for result in off)
     assert {neighbor["index"] for result in swapped for neighbor in result["neighbors"]} == {"other"}
     assert [result["candidates"] for result in on] != [result["candidates"] for result in off]
