@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from clipcap_rag import training
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.generation import Written
@@ -102,6 +104,33 @@ def test_a_training_of_three_stages(world, tiny_lm, tmp_path):
     )
     (entry,) = (json.loads(line) for line in (further / "log.jsonl").read_text().splitlines())
     assert entry["validation_loss"] < log[0]["validation_loss"]
+
+
+def test_a_stage_of_rewards_continues_bit_for_bit(world, tiny_lm, tmp_path, monkeypatch):
+    model = ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=2, clip_length=2)
+    config = TrainConfig(
+        epochs=1, reward_epochs=2, batch_size=2, max_neighbors=2, num_neighbors=4, max_caption_tokens=12, patience=0,
+        validation_fraction=0.3,
+    )  # fmt: skip
+    data = {"features": world.features.path, "index": world.index.path, "language_model": str(tiny_lm)}
+    settings = {"model_config": model, "train_config": config, "device": "cpu", "dtype": "float32"}
+    whole = train(**data, out=tmp_path / "whole", **settings)
+
+    learn, killed = training._Run._train_step, tmp_path / "killed"
+
+    def stop_in_the_last_stage(run, loss):
+        if run.stage.name == "reward" and run.step == 2:
+            raise MemoryError
+        learn(run, loss)
+
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_train_step", stop_in_the_last_stage)
+        with pytest.raises(MemoryError):
+            train(**data, out=killed, **settings)
+    train(**data, out=killed, **settings)
+    one, other = (load_file(out / "last" / "model.safetensors") for out in (whole, killed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_training_of_nothing_is_refused(world, tiny_lm, tmp_path):
