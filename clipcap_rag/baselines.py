@@ -19,7 +19,7 @@ def nearest_captions(neighbors: Neighbors) -> list[str]:
 
 def consensus_captions(neighbors: Neighbors) -> list[str]:
     """Of each photo's neighbours the one that agrees most with all of them (Devlin et al. 2015, arXiv 1505.04467)."""
-    weights = ngram_weights(tuple(neighbors.indexes), tuple(index.revision for index in neighbors.indexes))
+    weights = ngram_weights(neighbors.indexes)
     chosen = []
     for captions in neighbors.captions:
         common = weights.mean(captions)

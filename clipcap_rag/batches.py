@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.features import FeatureSet
-from clipcap_rag.model import IGNORED
+from clipcap_rag.model import padded_tokens
 from clipcap_rag.retrieved_text import context_tokens
 from clipcap_rag.sources import normalize_caption
 from clipcap_rag.word_bonus import WordBonus, neighbor_bonus
@@ -150,10 +150,7 @@ class CaptionBatches:
         return length * np.linalg.norm(vectors, axis=-1, keepdims=True) * noise
 
     def _batch(self, captions: np.ndarray, rows: np.ndarray | None, random: np.random.Generator | None) -> Batch:
-        longest = max(len(self.tokens[caption]) for caption in captions)
-        tokens = torch.full((len(captions), longest), IGNORED)
-        for place, caption in enumerate(captions):
-            tokens[place, : len(self.tokens[caption])] = torch.tensor(self.tokens[caption])
+        tokens = padded_tokens([self.tokens[caption] for caption in captions])
         inputs = self.inputs(self.photo[captions], rows, random)
         wordless = random is not None and random.random() < self.config.text_dropout
         return Batch(tokens, inputs, self.context(None if wordless else rows, len(captions)))
@@ -175,11 +172,9 @@ class CaptionBatches:
             return None
         rows = self.neighbor_rows[photos, : self.config.num_neighbors]
         present = rows >= 0 if retrieved is None else (rows >= 0) & retrieved[:, None]
-        embeddings = self.index.embeddings(np.where(present, rows, 0)).astype(np.float32)
-        scores = np.einsum("bd,bkd->bk", self.features.unit_embeddings(photos), embeddings)
         captions = [self.index.captions(own[kept]) for own, kept in zip(rows, present, strict=True)]
-        kept = [own[mask] for own, mask in zip(scores, present, strict=True)]
-        return neighbor_bonus(self.tokenizer, captions, kept, [self.index])
+        scores = [np.zeros(len(listed)) for listed in captions]  # they weigh new words only, and in training none is
+        return neighbor_bonus(self.tokenizer, captions, scores, [self.index])
 
     def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Neighbour rows [B, K] as training shows them: fewer, from further down, random ones, or none.

@@ -163,8 +163,9 @@ class Studies:
         }
         chosen: dict[str, list[str]] = {name: [] for name in tried}
         for line in written.lines():
+            candidates = candidates_of(line)
             for name, weights in tried.items():
-                best = reweighted(candidates_of(line), scale, weights)
+                best = reweighted(candidates, scale, weights)
                 chosen[name].append(best[0].caption if best else "")
         for name, captions in chosen.items():
             ordered = dataclasses.replace(written, captions=captions)

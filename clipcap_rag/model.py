@@ -24,6 +24,14 @@ IGNORED = -100  # label of positions that carry no loss
 transformers_logging.disable_progress_bar()
 
 
+def padded_tokens(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of tokens as [B, T], IGNORED behind each."""
+    tokens = torch.full((len(rows), max(map(len, rows), default=0)), IGNORED)
+    for place, row in enumerate(rows):
+        tokens[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return tokens
+
+
 class CaptionModel(nn.Module):
     """Mapper and language model; what learns is said by `requires_grad`, a frozen language model stays in eval mode."""
 

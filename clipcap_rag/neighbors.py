@@ -68,17 +68,20 @@ class Neighbors:
         """The best `count` neighbours of each image; all of them for 0."""
         if not count or count >= self.rows.shape[1]:
             return self
-        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
-        arrays = {name: getattr(self, name)[:, :count] for name in names}
+        arrays = {name: array[:, :count] for name, array in self._arrays().items()}
         return dataclasses.replace(self, **arrays, captions=[listed[:count] for listed in self.captions])
 
     def versions(self, kept: np.ndarray) -> "Neighbors":
         """Those of one image in S versions, each with the ones that `kept` [S, K] says."""
-        names = [field.name for field in dataclasses.fields(self) if isinstance(getattr(self, field.name), np.ndarray)]
-        arrays = {name: np.repeat(getattr(self, name), len(kept), axis=0) for name in names}
+        arrays = {name: np.repeat(array, len(kept), axis=0) for name, array in self._arrays().items()}
         arrays["rows"] = np.where(kept, arrays["rows"], -1)
         captions = [list(compress(self.captions[0], version)) for version in kept]
         return dataclasses.replace(self, **arrays, captions=captions)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """What holds a row for each image, by name, but for the captions."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def listed(self) -> list[list[Neighbor]]:
         """The neighbours of each image one by one, best first, for people and for JSON."""

@@ -51,10 +51,15 @@ class NgramWeights:
         return total
 
 
+def pieces(caption: str) -> list[str]:
+    """A caption's words, marks and end, case folded; none for a caption without words."""
+    words = _PIECE.findall(caption.casefold())
+    return [*words, _END] if words else []
+
+
 def grams(caption: str) -> list[Gram]:
     """All n-grams of a caption's words and its end, n = 1 to 4; none for a caption without words."""
-    words = _PIECE.findall(caption.casefold())
-    words += [_END] if words else []
+    words = pieces(caption)
     return [tuple(words[at : at + n]) for n in range(1, _ORDERS + 1) for at in range(len(words) - n + 1)]
 
 

@@ -18,9 +18,13 @@ _MEMORY = 64 * 2**20  # bytes of embeddings kept
 _COUNTED = 5_000  # captions of the indexes whose n-grams are counted; 1,000 ranked as well
 
 
+def ngram_weights(indexes: Sequence[CaptionIndex]) -> NgramWeights:
+    """How rare n-grams are in captions drawn from indexes as they are now."""
+    return _counted_weights(tuple(indexes), tuple(index.revision for index in indexes))
+
+
 @lru_cache(maxsize=8)
-def ngram_weights(indexes: tuple[CaptionIndex, ...], revisions: tuple[int, ...]) -> NgramWeights:
-    """How rare n-grams are in captions drawn from indexes at these revisions."""
+def _counted_weights(indexes: tuple[CaptionIndex, ...], revisions: tuple[int, ...]) -> NgramWeights:
     random = np.random.default_rng(0)
     rows = [index.random_rows(_COUNTED // len(indexes), random) for index in indexes]
     return NgramWeights([caption] for index, own in zip(indexes, rows, strict=True) for caption in index.captions(own))
@@ -57,7 +61,8 @@ class Ranker:
         embedded = self.embed([found.caption for captions in written for found in captions])
         ranked, start = [], 0
         weights = RerankWeights(generation.log_probability_weight, generation.agreement_weight)
-        agreed = self.agreements(written, neighbors if weights.agreement else None)
+        judged = generation.decoding == "sample" and weights.agreement > 0
+        agreed = self.agreements(written, neighbors if judged else None)
         for captions, image, agreements in zip(written, images, agreed, strict=True):
             part = embedded[start : start + len(captions)]
             start += len(captions)
@@ -73,7 +78,7 @@ class Ranker:
         if neighbors is None or not neighbors.indexes:
             yield from ([] for _ in written)
             return
-        weights = ngram_weights(tuple(neighbors.indexes), tuple(index.revision for index in neighbors.indexes))
+        weights = ngram_weights(neighbors.indexes)
         for captions, around in zip(written, neighbors.captions, strict=True):
             common = weights.mean(around)
             yield [agreement(weights.vector(found.caption), common) for found in captions]

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
-from clipcap_rag.model import IGNORED
+from clipcap_rag.model import padded_tokens
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prompt import prompt_tokens
-from clipcap_rag.word_bonus import neighbor_bonus
+from clipcap_rag.word_bonus import caption_tokens, neighbor_bonus
 
 
 def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: GenerationConfig) -> dict[str, Any]:
@@ -49,15 +48,11 @@ def context_tokens(
         captions: per image, its neighbours' captions, best first; none gives a row of IGNORED.
     """
     end = tokenizer.eos_token_id
-    chosen = [[" ".join(caption.split()) for caption in listed[:count]] for listed in captions]
-    texts = list(dict.fromkeys(text for listed in chosen for text in listed))
-    ids = dict(zip(texts, tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True))
-    rows = [[token for text in listed for token in (*ids[text], end)] for listed in chosen]
+    texts = list(dict.fromkeys(text for listed in captions for text in listed[:count]))
+    ids = dict(zip(texts, caption_tokens(tokenizer, texts), strict=True))
+    rows = [[token for text in listed[:count] for token in ids[text]] for listed in captions]
     rows = [row if len(row) <= room else [*row[: room - 1], end][: max(0, room)] for row in rows]
-    context = torch.full((len(rows), max(map(len, rows), default=0)), IGNORED)
-    for place, row in enumerate(rows):
-        context[place, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return context
+    return padded_tokens(rows)
 
 
 def text_mode(asked: str, text_neighbors: int, raises_words: bool) -> str:

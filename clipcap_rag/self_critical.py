@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.generation import Written, write_captions
-from clipcap_rag.model import IGNORED, CaptionModel
-from clipcap_rag.ngram_agreement import NgramWeights, Vector, agreement, grams
+from clipcap_rag.model import IGNORED, CaptionModel, padded_tokens
+from clipcap_rag.ngram_agreement import NgramWeights, Vector, agreement, pieces
 from clipcap_rag.word_bonus import WordBonus
 
 _SIGMA = 6.0  # words; CIDEr-D's tolerance of another length
@@ -44,7 +44,7 @@ class CaptionReward:
         return found
 
     def _measured(self, caption: str) -> tuple[Vector, int]:
-        return self._weights.vector(caption), sum(len(gram) == 1 for gram in grams(caption))
+        return self._weights.vector(caption), len(pieces(caption))
 
 
 def _forgiven(difference: int) -> float:
@@ -93,9 +93,7 @@ def self_critical_loss(
     samples = reward.shape[1] - 1
     advantage = ((reward - reward.mean(1, keepdim=True)) * (samples + 1) / samples)[:, 1:].flatten()
     sequences = [found.tokens for captions in written for found in captions[1:]]
-    tokens = torch.full((len(sequences), max(map(len, sequences))), IGNORED, device=device)
-    for place, sequence in enumerate(sequences):
-        tokens[place, : len(sequence)] = torch.tensor(sequence, device=device)
+    tokens = padded_tokens(sequences).to(device)
     repeated = [part.repeat_interleave(samples, 0) for part in inputs]
     counted = tokens != IGNORED
     forced = tokens.masked_fill(~counted, model.end_token)

@@ -86,7 +86,7 @@ class TrainingData:
             self.stages.insert(0, Stage("text", batches, config.text_epochs, rates))
         if config.reward_epochs:
             rewards = (config.reward_learning_rate, config.reward_learning_rate)
-            reward = CaptionReward([features.captions[row] for row in range(len(features))])
+            reward = CaptionReward(features.captions)
             self.stages.append(Stage("reward", self.photos, config.reward_epochs, rewards, reward))
         if not self.stages:
             raise InputError("epochs is 0 and nothing else is trained; give --epochs, --text-index or --reward-epochs")

@@ -74,47 +74,36 @@ def test_equal_rewards_teach_nothing(tiny_lm):
     assert loss.item() == 0.0
 
 
-def test_a_training_of_three_stages(world, tiny_lm, tmp_path):
-    model = ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=2, clip_length=2)
-    config = TrainConfig(
-        epochs=1,
-        reward_epochs=1,
-        batch_size=8,
-        max_neighbors=2,
-        num_neighbors=4,
-        max_caption_tokens=12,
-        patience=0,
-        validation_fraction=0.3,
-    )
-    data = {"features": world.features.path, "index": world.index.path, "language_model": str(tiny_lm)}
-    settings = {"model_config": model, "train_config": config, "device": "cpu", "dtype": "float32"}
-    out = train(**data, out=tmp_path / "run", text_index=world.other_index.path, **settings)
+@pytest.fixture
+def job(world, tiny_lm):
+    """What `train` takes, with two neighbours for the mapper and the words of four."""
+    config = {"epochs": 1, "max_neighbors": 2, "num_neighbors": 4, "max_caption_tokens": 12, "patience": 0}
+    return {
+        "features": world.features.path,
+        "index": world.index.path,
+        "language_model": str(tiny_lm),
+        "model_config": ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=2, clip_length=2),
+        "train_config": TrainConfig(validation_fraction=0.3, **config),
+        "device": "cpu",
+        "dtype": "float32",
+    }
+
+
+def test_a_training_of_three_stages(world, job, tmp_path):
+    config = job["train_config"].replaced(batch_size=8)
+    job["train_config"] = config.replaced(reward_epochs=1)
+    out = train(**job, out=tmp_path / "run", text_index=world.other_index.path)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["stage"] for entry in log] == ["text", "photos", "reward"]
     assert "train_reward" in log[-1] and "train_loss" in log[0]
-    further = train(
-        world.features.path,
-        world.index.path,
-        None,
-        tmp_path / "further",
-        start=out,
-        train_config=config.replaced(reward_epochs=0),
-        device="cpu",
-        dtype="float32",
-    )
+    further = train(**job | {"language_model": None, "train_config": config}, out=tmp_path / "further", start=out)
     (entry,) = (json.loads(line) for line in (further / "log.jsonl").read_text().splitlines())
     assert entry["validation_loss"] < log[0]["validation_loss"]
 
 
-def test_a_stage_of_rewards_continues_bit_for_bit(world, tiny_lm, tmp_path, monkeypatch):
-    model = ModelConfig(mapper_layers=1, mapper_heads=2, prefix_length=2, clip_length=2)
-    config = TrainConfig(
-        epochs=1, reward_epochs=2, batch_size=2, max_neighbors=2, num_neighbors=4, max_caption_tokens=12, patience=0,
-        validation_fraction=0.3,
-    )  # fmt: skip
-    data = {"features": world.features.path, "index": world.index.path, "language_model": str(tiny_lm)}
-    settings = {"model_config": model, "train_config": config, "device": "cpu", "dtype": "float32"}
-    whole = train(**data, out=tmp_path / "whole", **settings)
+def test_a_stage_of_rewards_continues_bit_for_bit(job, tmp_path, monkeypatch):
+    job["train_config"] = job["train_config"].replaced(batch_size=2, reward_epochs=2)
+    whole = train(**job, out=tmp_path / "whole")
 
     learn, killed = training._Run._train_step, tmp_path / "killed"
 
@@ -127,20 +116,15 @@ def test_a_stage_of_rewards_continues_bit_for_bit(world, tiny_lm, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(training._Run, "_train_step", stop_in_the_last_stage)
         with pytest.raises(MemoryError):
-            train(**data, out=killed, **settings)
-    train(**data, out=killed, **settings)
+            train(**job, out=killed)
+    train(**job, out=killed)
     one, other = (load_file(out / "last" / "model.safetensors") for out in (whole, killed))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_training_of_nothing_is_refused(world, tiny_lm, tmp_path):
+def test_a_training_of_nothing_is_refused(job, tmp_path):
+    job["train_config"] = TrainConfig(epochs=0, validation_fraction=0.3)
     with pytest.raises(InputError, match="epochs is 0"):
-        train(
-            world.features.path,
-            world.index.path,
-            str(tiny_lm),
-            tmp_path / "x",
-            train_config=TrainConfig(epochs=0, validation_fraction=0.3),
-        )
+        train(**job, out=tmp_path / "x")
     with pytest.raises(InputError, match="--start"):
-        train(world.features.path, world.index.path, None, tmp_path / "x")
+        train(**job | {"language_model": None}, out=tmp_path / "x")
