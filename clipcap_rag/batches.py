@@ -14,7 +14,8 @@ from clipcap_rag.features import FeatureSet
 from clipcap_rag.model import padded_tokens
 from clipcap_rag.retrieved_text import context_tokens
 from clipcap_rag.sources import normalize_caption
-from clipcap_rag.word_bonus import WordBonus, neighbor_bonus
+from clipcap_rag.token_bonus import TokenBonus
+from clipcap_rag.word_bonus import neighbor_bonus
 
 _BUCKET = 64  # batches sorted by length together
 _ORDER, _NOISE = 0, 1  # streams of random numbers
@@ -29,7 +30,7 @@ class Batch:
     tokens: Tensor
     inputs: tuple[Tensor, ...]
     context: Tensor
-    bonus: WordBonus | None = None
+    bonus: TokenBonus | None = None
 
     def to(self, device: torch.device) -> "Batch":
         inputs, bonus = tuple(part.to(device) for part in self.inputs), self.bonus and self.bonus.to(device)
@@ -162,7 +163,7 @@ class CaptionBatches:
             shown = [self.index.captions(own[own >= 0][:count]) for own in rows]
         return context_tokens(self.tokenizer, shown, count, self.room)
 
-    def bonus(self, photos: np.ndarray, retrieved: np.ndarray | None = None) -> WordBonus | None:
+    def bonus(self, photos: np.ndarray, retrieved: np.ndarray | None = None) -> TokenBonus | None:
         """What the words of the nearest `num_neighbors` raise for photos [B]; None for a model that does without.
 
         Args:

@@ -14,7 +14,8 @@ from clipcap_rag.encoder import Embeddings
 from clipcap_rag.model import CaptionModel
 from clipcap_rag.neighbors import Neighbor, Neighbors
 from clipcap_rag.rerank import Candidate
-from clipcap_rag.word_bonus import WORD, WordBonus, words_of
+from clipcap_rag.token_bonus import TokenBonus
+from clipcap_rag.word_bonus import WORD, words_of
 
 SUPPORT = math.log(2)  # nats; what supports a word makes it at least twice as likely
 _BOTH, _NEIGHBORS, _NEITHER, _IMAGE, _EACH = range(5)  # the versions of an image, as `versions` has them
@@ -118,7 +119,7 @@ def forced_log_probabilities(
     tokens: Sequence[int],
     inputs: Sequence[Tensor],
     context: Tensor | None = None,
-    bonus: WordBonus | None = None,
+    bonus: TokenBonus | None = None,
 ) -> np.ndarray:
     """Log-probabilities [S, T] in nats of the same tokens behind the same prompt under S versions of the inputs.
 

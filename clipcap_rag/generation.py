@@ -14,7 +14,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.model import CaptionModel
 from clipcap_rag.past import Past, ended, left_padded, looks
 from clipcap_rag.prompt import with_prompt
-from clipcap_rag.word_bonus import WordBonus
+from clipcap_rag.token_bonus import TokenBonus
 
 _SEQUENCES = 256  # written at once; bounds memory whatever the number of candidates
 _NUCLEUS = 256  # tokens looked at first on a CPU when the nucleus is cut out of the vocabulary
@@ -44,7 +44,7 @@ def write_captions(
     digests: Sequence[bytes],
     stop_token: str = "",
     context: Tensor | None = None,
-    bonus: WordBonus | None = None,
+    bonus: TokenBonus | None = None,
 ) -> list[list[Written]]:
     """Writes candidates for each image.
 

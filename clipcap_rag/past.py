@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from clipcap_rag.model import CaptionModel
-from clipcap_rag.word_bonus import WordBonus
+from clipcap_rag.token_bonus import TokenBonus
 
 _LOOK_EVERY = 8  # steps between two looks, on a GPU, at what is finished: each look makes the host wait for the GPU
 
@@ -25,11 +25,11 @@ class Past:
 
     cache: DynamicCache
     mask: Tensor | None = None
-    bonus: WordBonus | None = None
+    bonus: TokenBonus | None = None
 
     @classmethod
     def prefill(
-        cls, model: CaptionModel, prefix: Tensor, mask: Tensor | None = None, bonus: WordBonus | None = None
+        cls, model: CaptionModel, prefix: Tensor, mask: Tensor | None = None, bonus: TokenBonus | None = None
     ) -> tuple[Self, Tensor]:
         """Reads prefixes [B, P, E], `mask` [B, P] False at padding on the left; gives the first logits [B, V]."""
         mask = None if mask is None or mask.all() else mask
@@ -51,7 +51,7 @@ class Past:
         if self.bonus is None:
             return logits
         self.bonus = self.bonus.without(tokens)
-        return self.bonus.add(logits, tokens)
+        return self.bonus.add(logits)
 
     def rows(self, rows: Tensor) -> Self:
         """The state of some of the sequences, in any number and order; this one stays as it is."""

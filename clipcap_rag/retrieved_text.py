@@ -50,7 +50,7 @@ def context_tokens(
     end = tokenizer.eos_token_id
     texts = list(dict.fromkeys(text for listed in captions for text in listed[:count]))
     ids = dict(zip(texts, caption_tokens(tokenizer, texts), strict=True))
-    rows = [[token for text in listed[:count] for token in ids[text]] for listed in captions]
+    rows = [[token for text in listed[:count] for token in (*ids[text], end)] for listed in captions]
     rows = [row if len(row) <= room else [*row[: room - 1], end][: max(0, room)] for row in rows]
     return padded_tokens(rows)
 

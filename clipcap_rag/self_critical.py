@@ -13,7 +13,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.generation import Written, write_captions
 from clipcap_rag.model import IGNORED, CaptionModel, padded_tokens
 from clipcap_rag.ngram_agreement import NgramWeights, Vector, agreement, pieces
-from clipcap_rag.word_bonus import WordBonus
+from clipcap_rag.token_bonus import TokenBonus
 
 _SIGMA = 6.0  # words; CIDEr-D's tolerance of another length
 
@@ -59,7 +59,7 @@ def sample_captions(
     longest: int,
     seeds: Sequence[bytes],
     context: Tensor | None = None,
-    bonus: WordBonus | None = None,
+    bonus: TokenBonus | None = None,
 ) -> list[list[Written]]:
     """Greedy caption and `samples` - 1 draws from the model's own distribution for each prefix [B, P, E]."""
     settings = GenerationConfig(
@@ -74,7 +74,7 @@ def self_critical_loss(
     rewards: Sequence[Sequence[float]],
     inputs: Sequence[Tensor],
     context: Tensor,
-    bonus: WordBonus | None,
+    bonus: TokenBonus | None,
 ) -> tuple[Tensor, int]:
     """Sum over tokens of -advantage x log-probability, and the number of tokens.
 

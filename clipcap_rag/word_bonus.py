@@ -1,73 +1,29 @@
-"""A bonus for the words and pairs of tokens that a photo's neighbours have and the index at large has not."""
+"""A bonus for the words and runs of tokens that a photo's neighbours have and the index at large has not."""
 
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise, zip_longest
-from typing import Self
+from itertools import pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.token_bonus import TokenBonus
 
 WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _SAMPLE = 20_000  # captions of an index whose words are counted
-_PAIR_SAMPLE = 5_000  # likewise, for pairs of tokens
-_KNOWN = 0.6  # of s log(s / p) for words that the captioner was trained on
-_PAIRS = 0.8  # likewise for pairs of tokens; 0.4 to 1.2 with 0.4 to 1 for words wrote captions as good
+_GRAM_SAMPLE = 5_000  # likewise, for runs of tokens
+_KNOWN = 0.75  # of s log(s / p) for words that the captioner was trained on
+_GRAMS = {2: 1.5, 3: 2.0}  # likewise for two and for three tokens in a row
+_LEAST = 0.1  # nats; less is not worth the time
+_OUTLIER = 5.0  # standard deviations by which a match stands out; of 100 neighbours the best does for 2 % of photos
+_MOST = 4.0  # nats that a match may weigh more than another
+_SPREAD = 0.005  # least standard deviation of cosines
 
-
-@dataclass(frozen=True)
-class WordBonus:
-    """Nats to add to the logits of some tokens of S sequences.
-
-    A word's first token may come anywhere, but is favoured only until it was written; each further token only
-    directly behind the one before it.
-
-    Attributes:
-        tokens: [S, N].
-        after: [S, N], the token that must come directly before, -1 if any may.
-        nats: [S, N], 0 where there is none.
-    """
-
-    tokens: Tensor
-    after: Tensor
-    nats: Tensor
-
-    def add(self, logits: Tensor, last: Tensor | None = None) -> Tensor:
-        """logits [S, V] with the bonus, given the last token [S], None for the start of a caption."""
-        fits = self.after < 0
-        if last is not None:
-            fits = fits | (self.after == last[:, None])
-        return logits.scatter_add(1, self.tokens, self.nats.to(logits.dtype) * fits)
-
-    @torch.no_grad()
-    def along(self, tokens: Tensor, vocabulary: int) -> Tensor:
-        """What writing the tokens [S, T] left of the bonus for each of them: [S, T, V]."""
-        left, steps = self, []
-        for step in range(tokens.shape[1]):
-            last = tokens[:, step - 1] if step else None
-            left = left if last is None else left.without(last)
-            steps.append(left.add(self.nats.new_zeros(len(tokens), vocabulary), last))
-        return torch.stack(steps, dim=1)
-
-    def without(self, written: Tensor) -> Self:
-        """The bonus once these tokens [S] were written."""
-        spent = (self.after < 0) & (self.tokens == written[:, None])
-        return type(self)(self.tokens, self.after, self.nats.masked_fill(spent, 0.0))
-
-    def rows(self, rows: Tensor) -> Self:
-        """The bonus of some of the sequences, in any number and order."""
-        return type(self)(self.tokens[rows], self.after[rows], self.nats[rows])
-
-    def to(self, device: torch.device) -> Self:
-        return type(self)(self.tokens.to(device), self.after.to(device), self.nats.to(device))
+Gram = tuple[int, ...]
 
 
 def words_of(caption: str) -> dict[str, str]:
@@ -85,12 +41,18 @@ def word_counts(index: CaptionIndex, revision: int) -> Counter[str]:
 
 
 def match_weights(scores: np.ndarray) -> np.ndarray:
-    """How much each of K neighbours counts, 1 in all: softmax of the standard scores of their cosines [K].
+    """How much each of K neighbours counts, 1 in all, by their cosines [K].
 
-    A match far above the others so counts for several, whatever the spread of the cosines of an encoder.
+    The same for all, but for a match that stands out by more than 5 standard deviations of the others: it counts for as
+    many as exp(its distance beyond that), at most 55. Weights that fall with every cosine wrote worse captions.
     """
-    spread = scores.std()
-    weights = np.exp((scores - scores.max()) / spread) if spread > 1e-6 else np.ones(len(scores))
+    K = len(scores)
+    if K < 2:
+        return np.ones(K)
+    others = (scores.sum() - scores) / (K - 1)
+    variance = ((scores**2).sum() - scores**2) / (K - 1) - others**2
+    beyond = (scores - others) / np.sqrt(np.maximum(variance, _SPREAD**2)) - _OUTLIER
+    weights = np.exp(np.clip(beyond, 0.0, _MOST))
     return weights / weights.sum()
 
 
@@ -103,11 +65,10 @@ def word_nats(
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    With s the share of the neighbours that have a word and p the share of the indexes' captions that have it, a word
-    gets 0.6 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere, such as "a" and
-    "the", get next to nothing. A word that the captioner was never trained on gets more, since training has only ever
-    made it less likely: s is the weight of its neighbours (`match_weights`), and the bonus is log(s / p) once s is
-    `new_word_share`, and less before.
+    With s the share of the neighbours (`match_weights`) that have a word and p the share of the indexes' captions that
+    have it, a word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere,
+    such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets more, since training
+    has only ever made it less likely: log(s / p) once s is `new_word_share`, and less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -116,57 +77,65 @@ def word_nats(
     """
     if not captions:
         return {}
-    share, matched, forms = defaultdict(float), defaultdict(float), {}
+    share, forms = defaultdict(float), {}
     for caption, weight in zip(captions, match_weights(scores).tolist(), strict=True):
         for word, form in words_of(caption).items():
-            share[word] += 1 / len(captions)
-            matched[word] += weight
+            share[word] += weight
             forms[word] = form
     counted = [word_counts(index, index.revision) for index in indexes]
     nats = {}
     for word, form in forms.items():
-        known = not trained or word in trained
-        found, factor = (
-            (share[word], _KNOWN * share[word]) if known else (matched[word], matched[word] / new_word_share)
-        )
         usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
-        if found > usual:
-            nats[form] = math.log(found / usual) * min(1.0, factor)
+        known = not trained or word in trained
+        factor = _KNOWN * share[word] if known else min(1.0, share[word] / new_word_share)
+        if share[word] > usual:
+            nats[form] = factor * math.log(share[word] / usual)
     return nats
 
 
-def pair_nats(
-    tokens: Sequence[Sequence[int]], indexes: Sequence[CaptionIndex], tokenizer: PreTrainedTokenizerBase
-) -> dict[tuple[int, int], float]:
-    """The bonus in nats of two tokens in a row, 0.8 s log(s / p) as for words; the end token is one of them.
+def gram_nats(
+    tokens: Sequence[Sequence[int]],
+    scores: np.ndarray,
+    indexes: Sequence[CaptionIndex],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[Gram, float]:
+    """The bonus in nats of two and three tokens in a row, 1.5 and 2 times s log(s / p) as for words.
 
     Args:
-        tokens: those of each of the neighbours' captions, with the end token.
+        tokens: those of each of the neighbours' captions.
+        scores: the neighbours' cosines.
     """
-    support = Counter(pair for ids in tokens for pair in set(pairwise(ids)))
-    counted = [_pair_counts(index, index.revision, tokenizer) for index in indexes]
-    total = _PAIR_SAMPLE * len(counted) + 2
+    share = defaultdict(float)
+    for ids, weight in zip(tokens, match_weights(scores).tolist(), strict=True):
+        for gram in _grams(ids):
+            share[gram] += weight
+    counted = [_gram_counts(index, index.revision, tokenizer) for index in indexes]
+    total = _GRAM_SAMPLE * len(counted) + 2
     nats = {}
-    for pair, times in support.items():
-        share = times / len(tokens)
-        usual = (sum(counts[pair] for counts in counted) + 0.5) / total
-        if share > usual:
-            nats[pair] = _PAIRS * share * math.log(share / usual)
+    for gram, own in share.items():
+        usual = (sum(counts[gram] for counts in counted) + 0.5) / total
+        value = _GRAMS[len(gram)] * own * math.log(own / usual)
+        if value > _LEAST:
+            nats[gram] = value
     return nats
+
+
+def _grams(ids: Sequence[int]) -> set[Gram]:
+    """Two and three tokens in a row."""
+    return {*pairwise(ids), *zip(ids, ids[1:], ids[2:], strict=False)}
 
 
 @lru_cache(maxsize=8)
-def _pair_counts(index: CaptionIndex, revision: int, tokenizer: PreTrainedTokenizerBase) -> Counter[tuple[int, int]]:
-    """How many of 5,000 captions drawn from an index, at this revision, hold each pair of tokens in a row."""
-    captions = index.captions(index.random_rows(_PAIR_SAMPLE, np.random.default_rng(0)))
-    return Counter(pair for ids in caption_tokens(tokenizer, captions) for pair in set(pairwise(ids)))
+def _gram_counts(index: CaptionIndex, revision: int, tokenizer: PreTrainedTokenizerBase) -> Counter[Gram]:
+    """How many of 5,000 captions drawn from an index, at this revision, hold two or three tokens in a row."""
+    captions = index.captions(index.random_rows(_GRAM_SAMPLE, np.random.default_rng(0)))
+    return Counter(gram for ids in caption_tokens(tokenizer, captions) for gram in _grams(ids))
 
 
 def caption_tokens(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
-    """The tokens of each caption as training writes them, with the end token."""
+    """The tokens of each caption as training writes them, without the end token."""
     texts = [" ".join(caption.split()) for caption in captions]
-    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return [[*own, tokenizer.eos_token_id] for own in ids]
+    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 
 def neighbor_bonus(
@@ -177,40 +146,30 @@ def neighbor_bonus(
     trained: frozenset[str] = frozenset(),
     strength: float = 1.0,
     new_word_share: float = 0.2,
-) -> WordBonus:
+) -> TokenBonus:
     """The bonus that B photos get from the captions and cosines of their neighbours; other arguments as above."""
     distinct = list(dict.fromkeys(caption for listed in captions for caption in listed))
     tokens = dict(zip(distinct, caption_tokens(tokenizer, distinct), strict=True))
-    photos = zip(captions, scores, strict=True)
-    words = [word_nats(listed, own, indexes, trained, new_word_share) for listed, own in photos]
-    pairs = [pair_nats([tokens[caption] for caption in listed], indexes, tokenizer) for listed in captions]
-    return word_bonus(tokenizer, words, strength, pairs)
+    rows = []
+    for listed, own in zip(captions, scores, strict=True):
+        row = gram_nats([tokens[caption] for caption in listed], own, indexes, tokenizer)
+        words = word_nats(listed, own, indexes, trained, new_word_share)
+        for gram, value in _spelled(tokenizer, words).items():
+            row[gram] = max(row.get(gram, 0.0), value)
+        rows.append({gram: strength * value for gram, value in row.items()})
+    return TokenBonus.of(rows)
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, words: dict[str, float]) -> dict[Gram, float]:
+    """The nats of words as those of tokens: the first of a word, and each further one behind the one before."""
+    nats: dict[Gram, float] = {}
+    for word, value in words.items():
+        ids = _word_tokens(tokenizer, word)
+        for gram in [(ids[0],), *pairwise(ids)]:
+            nats[gram] = max(nats.get(gram, 0.0), value)
+    return nats
 
 
 @lru_cache(maxsize=100_000)
 def _word_tokens(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
     return tokenizer.encode(f" {word}", add_special_tokens=False)
-
-
-def word_bonus(
-    tokenizer: PreTrainedTokenizerBase,
-    nats: Sequence[dict[str, float]],
-    strength: float,
-    pairs: Sequence[dict[tuple[int, int], float]] = (),
-) -> WordBonus:
-    """The bonus of each of B photos, from the nats of its words and of its pairs of tokens."""
-    rows: list[dict[tuple[int, int], float]] = []
-    for words, following in zip_longest(nats, pairs, fillvalue={}):
-        row = {pair: strength * value for pair, value in following.items()}
-        for word, value in words.items():
-            ids = _word_tokens(tokenizer, word)
-            for after, token in zip([-1, *ids], ids, strict=False):
-                row[after, token] = max(row.get((after, token), 0.0), strength * value)
-        rows.append(row)
-    B, N = len(rows), max(map(len, rows), default=0)
-    tokens, after = torch.zeros(B, N, dtype=torch.long), torch.full((B, N), -1)
-    bonus = torch.zeros(B, N)
-    for place, row in enumerate(rows):
-        for column, ((before, token), value) in enumerate(row.items()):
-            tokens[place, column], after[place, column], bonus[place, column] = token, before, value
-    return WordBonus(tokens, after, bonus)

@@ -101,6 +101,7 @@ LAYERS = {
     "validation": 3.7,
     "training": 4,
     "prompt": 2.5,
+    "token_bonus": 2.4,
     "word_bonus": 2.5,
     "past": 2.6,
     "beam": 2.7,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +14,8 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.index_builder import build_caption_index
 from clipcap_rag.index_editor import add_captions
 from clipcap_rag.model import load_tokenizer
-from clipcap_rag.word_bonus import caption_tokens, pair_nats, word_bonus, word_nats, words_of
+from clipcap_rag.token_bonus import TokenBonus
+from clipcap_rag.word_bonus import caption_tokens, gram_nats, match_weights, neighbor_bonus, word_nats, words_of
 
 
 @pytest.fixture(scope="module")
@@ -42,66 +42,88 @@ def test_rare_words_gain_and_usual_ones_do_not(index):
 
 
 def test_words_that_were_never_trained_on_gain_most(index):
-    captions = ["a zeppelin by the sea", "a brown dog in the snow"]
+    captions = ["a zeppelin by the sea", *["a brown dog in the snow"] * 3]
     known, new = (
-        word_nats(captions, np.array([0.5, 0.5]), [index], frozenset(trained))
+        word_nats(captions, np.full(4, 0.5), [index], frozenset(trained))
         for trained in ({"a", "zeppelin", "brown", "dog", "sea", "snow", "the", "in", "by"}, {"dog"})
     )
-    assert known == word_nats(captions, np.array([0.5, 0.5]), [index])  # when nobody knows
+    assert known == word_nats(captions, np.full(4, 0.5), [index])  # when nobody knows
     assert new["dog"] == known["dog"] and new["zeppelin"] > 3 * known["zeppelin"]
 
 
-def test_one_strong_match_counts_for_several_when_it_has_a_new_word(world):
-    captions = ["a zeppelin by the sea", *(f"a brown dog number {number}" for number in range(99))]
+@pytest.mark.parametrize("trained", [frozenset(), frozenset({"dog"})])
+def test_one_strong_match_counts_for_several(index, trained):
+    captions = ["a zeppelin by the sea", "a brown dog in the snow", "a cat in the snow"]
     weak, strong = (
-        word_nats(captions, np.array([score, *[0.3] * 99]), [world.index], frozenset({"dog"}))["zeppelin"]
+        word_nats(captions, np.array([score, 0.3, 0.3]), [index], trained, new_word_share=1.0)["zeppelin"]
         for score in (0.3, 0.6)
     )
     assert strong > 2 * weak > 0
 
 
-def test_pairs_of_tokens_gain_where_the_neighbours_share_them(index, tiny_lm):
+def test_neighbors_count_the_same_but_for_one_that_stands_out():
+    scores = np.linspace(0.3, 0.4, 100)
+    assert match_weights(scores) == pytest.approx(np.full(100, 0.01))
+    weights = match_weights(np.append(scores, 0.9))
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights[-1] > 20 * weights[0] and weights[:-1] == pytest.approx(weights[0])
+    assert match_weights(np.array([0.2])).tolist() == [1.0] and match_weights(np.array([])).tolist() == []
+
+
+def test_runs_of_tokens_gain_where_the_neighbors_share_them(index, tiny_lm):
     tokenizer = load_tokenizer(tiny_lm)
     shared, single = "a zeppelin at sea", "an old man in a hat"
     tokens = caption_tokens(tokenizer, [shared, shared, shared, single])
-    assert all(ids[-1] == tokenizer.eos_token_id for ids in tokens)
-    nats = pair_nats(tokens, [index], tokenizer)
-    common, rare = ({*pairwise(tokens[place])} for place in (0, 3))
-    assert max(nats[pair] for pair in common - rare) > 2 * max(nats[pair] for pair in rare - common)
-    assert pair_nats([], [index], tokenizer) == {}
+    nats = gram_nats(tokens, np.full(4, 0.5), [index], tokenizer)
+    for n in (2, 3):
+        common, rare = ({*zip(*(ids[start:] for start in range(n)), strict=False)} for ids in (tokens[0], tokens[3]))
+        assert max(nats.get(gram, 0.0) for gram in common - rare) > 2 * max(
+            nats.get(gram, 0.0) for gram in rare - common
+        )
+    assert gram_nats([], np.array([]), [index], tokenizer) == {}
 
 
-def test_the_bonus_along_a_caption_is_that_of_writing_it(tiny_lm):
-    tokenizer = load_tokenizer(tiny_lm)
-    ids = torch.tensor([tokenizer.encode(" zeppelin zeppelin")])
-    bonus = word_bonus(tokenizer, [{"zeppelin": 2.0}], 1.0, [{(int(ids[0, 1]), 7): 0.5}])
-    along = bonus.along(ids, len(tokenizer))
-    left, zeros = bonus, torch.zeros(1, len(tokenizer))
-    assert torch.equal(along[:, 0], left.add(zeros))
-    for step in range(1, ids.shape[1]):
-        left = left.without(ids[:, step - 1])
-        assert torch.equal(along[:, step], left.add(zeros, ids[:, step - 1]))
-    assert along[0, 2, 7] == 0.5
+def test_the_bonus_along_a_caption_is_that_of_writing_it():
+    ids = torch.tensor([[3, 4, 5, 3, 4, 5]])
+    bonus = TokenBonus.of([{(3,): 2.0, (3, 4): 1.0, (3, 4, 5): 0.5, (5,): 0.25}])
+    along, left = bonus.along(ids, 8), bonus
+    for step in range(ids.shape[1]):
+        assert torch.equal(along[:, step], left.add(torch.zeros(1, 8)))
+        left = left.without(ids[:, step])
+    given = along[0].gather(1, ids[0][:, None])[:, 0]
+    assert given.tolist() == [2.0, 1.0, 0.75, 0.0, 0.0, 0.0]
 
 
-def test_only_the_words_are_raised_and_a_part_only_behind_the_part_before(tiny_lm):
+def test_each_bonus_is_spent_once_it_was_written_where_it_applies():
+    bonus = TokenBonus.of([{(3, 4): 1.0}, {(2, 3, 4): 1.0}, {}])
+
+    def given(left):
+        return left.add(torch.zeros(3, 8))[:, 4].tolist()
+
+    for written, expected in ((4, [0, 0, 0]), (3, [1, 0, 0]), (2, [0, 0, 0]), (3, [1, 1, 0]), (4, [0, 0, 0])):
+        bonus = bonus.without(torch.tensor([written] * 3))
+        assert given(bonus) == expected, written
+    for written in (2, 3):
+        bonus = bonus.without(torch.tensor([written] * 3))
+    assert given(bonus) == [0, 0, 0]
+    assert given(bonus.rows(torch.tensor([2, 0, 1]))) == [0, 0, 0]
+
+
+def test_only_the_words_are_raised_and_a_part_only_behind_the_part_before(index, tiny_lm):
     tokenizer = load_tokenizer(tiny_lm)
     ids = tokenizer.encode(" zeppelin")
     assert len(ids) > 2
-    bonus = word_bonus(tokenizer, [{"zeppelin": 2.0}, {}], strength=1.5)
+    captions, scores = [["zeppelin"], []], [np.array([0.5]), np.array([])]
+    bonus, double = (neighbor_bonus(tokenizer, captions, scores, [index], strength=strength) for strength in (1.0, 2.0))
     logits = torch.zeros(2, len(tokenizer))
     start = bonus.add(logits)
-    assert start[0].nonzero()[:, 0].tolist() == [ids[0]] and start[0, ids[0]] == 3.0
+    assert start[0].nonzero()[:, 0].tolist() == [ids[0]]
+    assert torch.equal(double.add(logits), 2 * start)
     assert not start[1].any() and not logits.any()
-    inside = bonus.without(torch.tensor([ids[0]] * 2)).add(logits, torch.tensor([ids[0]] * 2))
+    inside = bonus.without(torch.tensor([ids[0]] * 2)).add(logits)
     assert inside[0].nonzero()[:, 0].tolist() == [ids[1]]  # and no second zeppelin
-    elsewhere = bonus.add(logits, torch.tensor([7, 7]))
+    elsewhere = bonus.without(torch.tensor([7, 7])).add(logits)
     assert elsewhere[0].nonzero()[:, 0].tolist() == [ids[0]]
-    assert (bonus.rows(torch.tensor([1, 0, 0])).add(torch.zeros(3, len(tokenizer))).any(1)).tolist() == [
-        False,
-        True,
-        True,
-    ]
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample", "beam"])
@@ -112,14 +134,13 @@ def test_a_captioner_takes_up_words_of_its_neighbors(world, index, decoding):
     off = captioner.caption(photos, retrieved_text="off", **settings)
     assert off == captioner.caption(photos, **settings)
     assert off == captioner.caption(photos, retrieved_text="bias", bias_strength=0.0, **settings)
-    strong = captioner.caption(photos, retrieved_text="bias", bias_strength=20.0, **settings)
+    strong = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **settings)
 
-    def taken_up(results):
-        near = [{word for one in result.neighbors for word in words_of(one.caption)} for result in results]
-        return sum(len(own & words_of(found.caption).keys()) for own, found in zip(near, results, strict=True))
-
-    assert taken_up(strong) > taken_up(off), (taken_up(strong), taken_up(off))
-    without = captioner.caption(photos, retrieved_text="bias", bias_strength=20.0, **(settings | {"index": None}))
+    for result in strong:
+        near = {word for neighbor in result.neighbors for word in words_of(neighbor.caption)}
+        said = words_of(result.caption)
+        assert len(near & said.keys()) >= 2
+    without = captioner.caption(photos, retrieved_text="bias", bias_strength=50.0, **(settings | {"index": None}))
     assert without == captioner.caption(photos, **(settings | {"index": None}))
 
 
