@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from clipcap_rag.run_directory import RunDirectory, refuse_finished, stop_signal
 from clipcap_rag.stages import Stage, TrainingData
 from clipcap_rag.starting_model import StartingModel
 from clipcap_rag.validation import validate
+from clipcap_rag.weight_average import WeightAverage
 
 _SAVE_SECONDS = 300  # longest time whose work a kill can cost
 _PROGRESS = ("step", "history", "losses", "best", "stale")  # what a resumed run takes over beside the weights
@@ -137,8 +139,9 @@ class _Run:
         self.directory = RunDirectory(out, self._job())
 
     def _enter(self, stage: Stage) -> None:
-        """A stage has an optimiser of its own; `step` counts its batches."""
+        """A stage has its own optimiser and, of rewards, the mean of its weights; `step` counts its batches."""
         self.stage, self.step, self.stale = stage, 0, 0
+        self.average = None if stage.reward is None else WeightAverage(self.model)
         self.optimizer = make_optimizer(self.model, stage.rates, self.config.weight_decay)
 
     def _set_statistics(self) -> None:
@@ -169,6 +172,8 @@ class _Run:
         state = self.directory.restore(self.model)
         self._enter(self.data.stages[state["stage"]])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], self.device)
@@ -203,6 +208,7 @@ class _Run:
         state |= {
             "stage": self.data.stages.index(self.stage),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average and self.average.state_dict(),
             "random": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
@@ -277,9 +283,15 @@ class _Run:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.add(self.model)
 
     def _validate(self, epoch: int) -> None:
         """Measures the epoch, logs it, and keeps the checkpoint if it is the best so far."""
+        with nullcontext() if self.average is None else self.average.used_by(self.model):
+            self._judge(epoch)
+
+    def _judge(self, epoch: int) -> None:
         scores = validate(self.model, self.tokenizer, self.data.validation, self.device)
         figure = "train_loss" if self.stage.reward is None else "train_reward"
         entry = {"epoch": epoch + 1, "step": self.step, figure: float(np.mean(self.losses)), **scores}

@@ -99,6 +99,7 @@ LAYERS = {
     "batches": 3.5,
     "run_directory": 3.5,
     "validation": 3.7,
+    "weight_average": 0.5,
     "training": 4,
     "prompt": 2.5,
     "token_bonus": 2.4,

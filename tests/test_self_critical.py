@@ -13,8 +13,9 @@ from clipcap_rag.generation import Written
 from clipcap_rag.mapper import MLPMapper
 from clipcap_rag.model import CaptionModel, load_language_model
 from clipcap_rag.self_critical import CaptionReward, self_critical_loss
+from clipcap_rag.token_bonus import TokenBonus
 from clipcap_rag.training import train
-from clipcap_rag.word_bonus import word_bonus
+from clipcap_rag.weight_average import WeightAverage
 
 REFERENCES = [
     ["a red kite over the sea", "a kite flies at the sea"],
@@ -44,7 +45,7 @@ def test_the_better_sample_becomes_likelier_and_the_greedy_caption_stays_out(tin
     captions = [[[3, 4], [5, 6, 7], [8]]]
     written = [[Written("", (*tokens, tokenizer.eos_token_id), 0.0) for tokens in listed] for listed in captions]
     inputs, context = (torch.randn(1, 6),), torch.zeros(1, 0, dtype=torch.long)
-    bonus = word_bonus(tokenizer, [{"sea": 1.0}], 1.0) if raised else None
+    bonus = TokenBonus.of([{tuple(tokenizer.encode(" sea")[:1]): 1.0}]) if raised else None
 
     def likelihoods():
         return [
@@ -118,8 +119,32 @@ def test_a_stage_of_rewards_continues_bit_for_bit(job, tmp_path, monkeypatch):
         with pytest.raises(MemoryError):
             train(**job, out=killed)
     train(**job, out=killed)
-    one, other = (load_file(out / "last" / "model.safetensors") for out in (whole, killed))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    for which in ("last", "best"):
+        one, other = (load_file(out / which / "model.safetensors") for out in (whole, killed))
+        assert all(torch.equal(one[name], other[name]) for name in one), which
+
+
+def test_the_best_of_a_stage_of_rewards_is_the_mean_of_its_weights(job, tmp_path, monkeypatch):
+    steps, add = [], WeightAverage.add
+
+    def watched(average, model):
+        steps.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        add(average, model)
+
+    start = train(**job, out=tmp_path / "start")
+    monkeypatch.setattr(WeightAverage, "add", watched)
+    job |= {"language_model": None, "start": start / "last"}
+    job["train_config"] = job["train_config"].replaced(epochs=0, reward_epochs=1, batch_size=1)
+    out = train(**job, out=tmp_path / "out")
+    before, best, last = (
+        load_file(folder / "model.safetensors") for folder in (start / "last", out / "best", out / "last")
+    )
+    assert len(steps) > 1
+    for name in steps[0].keys() & best.keys():
+        mean = torch.stack([before[name], *(step[name] for step in steps)]).mean(0)
+        assert torch.allclose(best[name], mean, atol=1e-6), name
+        assert torch.equal(last[name], steps[-1][name])
+    assert any(not torch.equal(best[name], last[name]) for name in best)
 
 
 def test_a_training_of_nothing_is_refused(job, tmp_path):
