@@ -56,6 +56,15 @@ def match_weights(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+def near_weights(scores: np.ndarray) -> np.ndarray:
+    """How much each of K neighbours counts for a new word, 1 in all: softmax of the standard scores of their cosines.
+
+    Such a word stands in few captions and has no other evidence than how near they are.
+    """
+    weights = np.exp((scores - scores.max()) / max(_SPREAD, scores.std()))
+    return weights / weights.sum()
+
+
 def word_nats(
     captions: Sequence[str],
     scores: np.ndarray,
@@ -65,10 +74,11 @@ def word_nats(
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    With s the share of the neighbours (`match_weights`) that have a word and p the share of the indexes' captions that
-    have it, a word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere,
-    such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets more, since training
-    has only ever made it less likely: log(s / p) once s is `new_word_share`, and less before.
+    With s the share of the neighbours (by `match_weights`) that have a word and p the share of the indexes' captions
+    that have it, a word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent
+    everywhere, such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets more,
+    since training has only ever made it less likely: log(s / p) once s (by `near_weights`) is `new_word_share`, and
+    less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -77,19 +87,22 @@ def word_nats(
     """
     if not captions:
         return {}
+
+    def new(word: str) -> bool:
+        return bool(trained) and word not in trained
+
     share, forms = defaultdict(float), {}
-    for caption, weight in zip(captions, match_weights(scores).tolist(), strict=True):
+    for caption, even, near in zip(captions, match_weights(scores), near_weights(scores), strict=True):
         for word, form in words_of(caption).items():
-            share[word] += weight
+            share[word] += near if new(word) else even
             forms[word] = form
     counted = [word_counts(index, index.revision) for index in indexes]
     nats = {}
     for word, form in forms.items():
         usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
-        known = not trained or word in trained
-        factor = _KNOWN * share[word] if known else min(1.0, share[word] / new_word_share)
         if share[word] > usual:
-            nats[form] = factor * math.log(share[word] / usual)
+            factor = min(1.0, share[word] / new_word_share) if new(word) else _KNOWN * share[word]
+            nats[form] = float(factor * math.log(share[word] / usual))
     return nats
 
 
