@@ -309,6 +309,7 @@ class EvaluationConfig(Config):
     )
     decodings: str = option("greedy,beam,sample", "decodings to compare, separated by commas")
     random_neighbors: bool = option(False, "in the table, also random captions of the first index as neighbours")
+    together: bool = option(False, "in the table, also all indexes at once")
     rerank_sweep: bool = option(False, "in the table, also the samples under other log-probability weights")
     candidate_sizes: str = option("4,16,64,256,1000", "in the decoding study, numbers of samples, separated by commas")
     same_photo: float = option(0.95, "in the leak study, cosine of image embeddings above which two photos are one")

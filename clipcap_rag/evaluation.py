@@ -70,7 +70,7 @@ def evaluate(
     subject = Subject.open(model, device, dtype)
     rivals = {name: Subject.open(path, device, dtype) for name, path in (baselines or {}).items()}
     k = subject.captioner.checkpoint.num_neighbors if num_neighbors is None else num_neighbors
-    retrievers = _retrievers(subject, indexes, k, retrieval)
+    retrievers = _retrievers(subject, indexes, k, retrieval, config.together)
     training = FeatureSet.open(training_features) if training_features else None
     everything = _photos(features, config.images)
     for photos in everything:
@@ -116,14 +116,19 @@ def _photos(paths: Sequence[str | Path], most: int) -> list[Photos]:
     return [Photos.of(features, name, most) for features, name in zip(sets, names, strict=True)]
 
 
-def _retrievers(subject: Subject, indexes: Sequence[str], k: int, retrieval: RetrievalConfig) -> dict[str, Retriever]:
-    """A retriever over each index by the index's name; none for a model that looks at no neighbours."""
+def _retrievers(
+    subject: Subject, indexes: Sequence[str], k: int, retrieval: RetrievalConfig, together: bool
+) -> dict[str, Retriever]:
+    """A retriever over each index by its name, and one over all; none for a model that looks at no neighbours."""
     opened = [subject.captioner.retriever(index, k, retrieval)[0] for index in indexes]
     opened = [retriever for retriever in opened if retriever.indexes]
     names = [retriever.indexes[0].name for retriever in opened]
     if len(set(names)) < len(names):
         names = short_names([retriever.indexes[0].path for retriever in opened])
-    return dict(zip(names, opened, strict=True))
+    found = dict(zip(names, opened, strict=True))
+    if together and len(found) > 1:
+        found[" + ".join(found)] = subject.captioner.retriever(list(indexes), k, retrieval)[0]
+    return found
 
 
 def _recall(subject: Subject, photos: Photos) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Studies:
         """Prepares; the arguments are those of `evaluation.evaluate`, opened.
 
         Args:
-            retrievers: over one index each, by the name of that index.
+            retrievers: over one index each, by the name of that index, or over all at once.
             k: neighbours per photo.
             rivals: checkpoints that are captioned without retrieval.
             training: photos to compare with for the leak study.
@@ -70,9 +70,12 @@ class Studies:
 
     @cached_property
     def excluded_rows(self) -> dict[str, int]:
-        """For each index, how many of its captions belong to evaluated photos."""
+        """For each index and for all at once, how many of its captions belong to evaluated photos."""
         ids = set(self._photos.image_ids)
-        return {name: len(retriever.indexes[0].rows_of_images(ids)) for name, retriever in self._retrievers.items()}
+        return {
+            name: sum(len(index.rows_of_images(ids)) for index in retriever.indexes)
+            for name, retriever in self._retrievers.items()
+        }
 
     @property
     def _none(self) -> Condition:
@@ -128,6 +131,8 @@ class Studies:
         """What each index knows of the photos, and the scores with and without that."""
         self._first_index("the leak study")
         for name, retriever in self._retrievers.items():
+            if len(retriever.indexes) > 1:
+                continue  # each of them is studied by itself
             index = retriever.indexes[0]
             found = audit(index, self._photos, self._training, self._config.same_photo)
             yield "leaks", {"index": name, **found.to_json(self._photos)}

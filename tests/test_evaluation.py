@@ -43,6 +43,18 @@ def test_all_conditions_are_there(result, world):
     assert all(f"\n{name}" in table(found) for name in names)
 
 
+def test_all_indexes_at_once(world, tmp_path):
+    config = EvaluationConfig(decodings="greedy", together=True)
+    indexes = [str(world.index.path), str(world.other_index.path)]
+    found = evaluate(world.run, [world.features.path], tmp_path, indexes=indexes, generation=SHORT, config=config)
+    names = [world.index.name, world.other_index.name]
+    row = row_of(found, " + ".join(names), "greedy")
+    sources = {neighbor["index"] for line in read(tmp_path / row["predictions"]) for neighbor in line["neighbors"]}
+    assert sources == set(names)
+    own_rows = found["features"][0]["excluded_rows"]
+    assert own_rows[" + ".join(names)] == sum(own_rows[name] for name in names) > 0
+
+
 def test_scores_are_those_of_the_predictions(result, world):
     out, found = result
     for neighbors in ("none", world.index.name):
