@@ -126,6 +126,14 @@ class CaptionBatches:
         """Rows [B, K] of the nearest neighbours of some photos, None without an index."""
         return None if self.index is None else self.neighbor_rows[photos, : self.config.max_neighbors]
 
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Embeddings [N, D] of captions drawn from the index, and cosines [M] of photos with their neighbours."""
+        random = np.random.default_rng(self.config.seed)
+        texts = self.index.embeddings(self.index.random_rows(min(20_000, len(self.index)), random))
+        photos = random.permutation(np.unique(self.photo))[:1000]
+        _, _, scores, mask = self.inputs(photos, self.nearest(photos))
+        return torch.from_numpy(texts.astype(np.float32)), scores[mask]
+
     def inputs(
         self, photos: np.ndarray, rows: np.ndarray | None, random: np.random.Generator | None = None
     ) -> tuple[Tensor, ...]:

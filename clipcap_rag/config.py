@@ -121,7 +121,7 @@ class GenerationConfig(Config):
     )
     bias_strength: float = option(
         1.0,
-        "with bias: how much words and pairs of tokens that the neighbours share are raised; 1 raises a word that no "
+        "with bias: how much words and runs of tokens that the neighbours share are raised; 1 raises a word that no "
         "training caption had by the logarithm of how much more frequent it is among them than in the index",
     )
     new_word_share: float = option(

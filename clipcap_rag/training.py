@@ -131,7 +131,7 @@ class _Run:
         self.data = TrainingData(features, validation, index, text_index, *shared, room=room)
         self.words = self.data.words | begun.words
         if index is not None:
-            self._set_statistics()
+            self.model.mapper.set_statistics(*self.data.photos.statistics())
         self.epochs = [(stage, epoch) for stage in self.data.stages for epoch in range(stage.epochs)]
         self.step, self.history, self.losses = 0, [], []
         self.best, self.stale = -math.inf, 0
@@ -143,14 +143,6 @@ class _Run:
         self.stage, self.step, self.stale = stage, 0, 0
         self.average = None if stage.reward is None else WeightAverage(self.model)
         self.optimizer = make_optimizer(self.model, stage.rates, self.config.weight_decay)
-
-    def _set_statistics(self) -> None:
-        """Centre and spread of the index's embeddings and of the training neighbours' similarities."""
-        random = np.random.default_rng(self.config.seed)
-        texts = self.index.embeddings(self.index.random_rows(min(20_000, len(self.index)), random))
-        photos = random.permutation(np.unique(self.data.photos.photo))[:1000]
-        _, _, scores, mask = self.data.photos.inputs(photos, self.data.photos.nearest(photos))
-        self.model.mapper.set_statistics(torch.from_numpy(texts.astype(np.float32)), scores[mask])
 
     # -- the job on disk
 

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--text-neighbors", type=int, default=4)
     parser.add_argument("--text-dropout", type=float, default=0.3)
-    parser.add_argument("--num-neighbors", type=int, default=32, help="neighbours for each photo")
+    parser.add_argument("--num-neighbors", type=int, default=100, help="neighbours for each photo")
     parser.add_argument("--modes", nargs="+", default=["off", "prompt", "bias"])
     parser.add_argument("--decodings", nargs="+", default=["greedy", "sample"])
     given = parser.parse_args()
