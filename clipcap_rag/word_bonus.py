@@ -18,6 +18,7 @@ _SAMPLE = 20_000  # captions of an index whose words are counted
 _GRAM_SAMPLE = 5_000  # likewise, for runs of tokens
 _KNOWN = 0.75  # of s log(s / p) for words that the captioner was trained on
 _GRAMS = {2: 1.5, 3: 2.0}  # likewise for two and for three tokens in a row
+_PRIOR = 16  # neighbours who say what is usual that are counted as well, so that few neighbours raise little
 _LEAST = 0.1  # nats; less is not worth the time
 _OUTLIER = 5.0  # standard deviations by which a match stands out; of 100 neighbours the best does for 2 % of photos
 _MOST = 4.0  # nats that a match may weigh more than another
@@ -56,6 +57,12 @@ def match_weights(scores: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+def _gain(share: float, usual: float, neighbors: int) -> float:
+    """s log(s / p) in nats for the share of K neighbours that have something, as if 16 more had what is usual."""
+    own = (share * neighbors + usual * _PRIOR) / (neighbors + _PRIOR)
+    return own * math.log(own / usual) if own > usual else 0.0
+
+
 def near_weights(scores: np.ndarray) -> np.ndarray:
     """How much each of K neighbours counts for a new word, 1 in all: softmax of the standard scores of their cosines.
 
@@ -74,11 +81,11 @@ def word_nats(
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    With s the share of the neighbours (by `match_weights`) that have a word and p the share of the indexes' captions
-    that have it, a word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent
+    With s the share of the neighbours (by `match_weights`, smoothed) that have a word and p the share of the indexes'
+    captions that have it, a word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent
     everywhere, such as "a" and "the", get next to nothing. A word that the captioner was never trained on gets more,
-    since training has only ever made it less likely: log(s / p) once s (by `near_weights`) is `new_word_share`, and
-    less before.
+    since training has only ever made it less likely: log(s / p) once s (by `near_weights`) is `new_word_share`,
+    and less before.
 
     Args:
         captions, scores: the neighbours' captions and cosines.
@@ -100,9 +107,12 @@ def word_nats(
     nats = {}
     for word, form in forms.items():
         usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
-        if share[word] > usual:
-            factor = min(1.0, share[word] / new_word_share) if new(word) else _KNOWN * share[word]
-            nats[form] = float(factor * math.log(share[word] / usual))
+        if not new(word):
+            value = _KNOWN * _gain(share[word], usual, len(captions))
+        else:
+            value = min(1.0, share[word] / new_word_share) * math.log(max(1.0, share[word] / usual))
+        if value > 0:
+            nats[form] = float(value)
     return nats
 
 
@@ -119,7 +129,7 @@ def gram_nats(
         scores: the neighbours' cosines.
     """
     share = defaultdict(float)
-    for ids, weight in zip(tokens, match_weights(scores).tolist(), strict=True):
+    for ids, weight in zip(tokens, match_weights(scores), strict=True):
         for gram in _grams(ids):
             share[gram] += weight
     counted = [_gram_counts(index, index.revision, tokenizer) for index in indexes]
@@ -127,9 +137,9 @@ def gram_nats(
     nats = {}
     for gram, own in share.items():
         usual = (sum(counts[gram] for counts in counted) + 0.5) / total
-        value = _GRAMS[len(gram)] * own * math.log(own / usual)
+        value = _GRAMS[len(gram)] * _gain(own, usual, len(tokens))
         if value > _LEAST:
-            nats[gram] = value
+            nats[gram] = float(value)
     return nats
 
 

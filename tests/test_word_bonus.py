@@ -34,11 +34,17 @@ def test_words_keep_their_writing_but_not_the_capital_of_a_sentence():
 
 
 def test_rare_words_gain_and_usual_ones_do_not(index):
-    captions = ["a zeppelin by the sea", "a zeppelin in the snow", "a brown dog in the snow"]
-    nats = word_nats(captions, np.array([0.5, 0.5, 0.5]), [index])
+    captions = 20 * ["a zeppelin by the sea", "a zeppelin in the snow", "a brown dog in the snow"]
+    nats = word_nats(captions, np.full(60, 0.5), [index])
     assert nats["zeppelin"] == max(nats.values()) > 0.9
     assert max(nats.get("a", 0.0), nats.get("by", 0.0)) < 0.15 * nats["zeppelin"]
     assert word_nats([], np.array([]), [index]) == {}
+
+
+def test_few_neighbors_raise_less_than_many_that_say_the_same(index):
+    captions = ["a zeppelin by the sea", "a zeppelin in the snow"]
+    one, some, many = (word_nats(captions * n, np.full(2 * n, 0.5), [index])["zeppelin"] for n in (1, 4, 50))
+    assert 3 * one < some < many / 2
 
 
 def test_words_that_were_never_trained_on_gain_most(index):
@@ -164,7 +170,7 @@ def test_words_added_to_an_index_are_counted(index, tmp_path):
     live = CaptionIndex.open(tmp_path / "index")
 
     def nats():
-        return word_nats(["a zeppelin"], np.array([0.4]), [live])["zeppelin"]
+        return word_nats(["a zeppelin"] * 100, np.full(100, 0.4), [live])["zeppelin"]
 
     before = nats()
     add_captions(live.path, [f"a zeppelin over town number {number}" for number in range(20)])
