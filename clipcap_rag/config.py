@@ -126,7 +126,7 @@ class GenerationConfig(Config):
     )
     new_word_share: float = option(
         0.2,
-        "with bias: weight of the neighbours that have a word never trained on from which its bonus is whole; 0.02 "
+        "with bias: weight of the neighbours that have a word never trained on from which its bonus is whole; 0.01 "
         "names more of what only the index knows, and says more that is wrong",
     )
     seed: int = option(0, "seed of sampling; a caption depends on the seed and its image alone")

@@ -132,7 +132,7 @@ def main() -> None:
     captioner, photos = Captioner.from_pretrained(out / "run"), StoredEmbeddings.open(given.validation_features)
     for decoding in given.decodings:
         for mode in given.modes:
-            settings = GenerationConfig(decoding=decoding, retrieved_text=mode, new_word_share=0.02)
+            settings = GenerationConfig(decoding=decoding, retrieved_text=mode, new_word_share=0.01)
             for where in (index, grown):
                 file = out / f"{decoding}-{mode}-{where.name}.json"
                 if not file.exists():
