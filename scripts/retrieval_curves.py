@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from clipcap_rag.artifact import write_json
 from clipcap_rag.caption_index import CaptionIndex
@@ -19,6 +20,7 @@ from clipcap_rag.evaluated import Photos, Subject
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.index_builder import build_caption_index
 from clipcap_rag.neighbor_conditions import Condition, nearest, none
+from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles
 from clipcap_rag.retriever import Exclusion
 from clipcap_rag.scoring import score
@@ -35,17 +37,17 @@ class Curves:
         self._settings = GenerationConfig(decoding=decoding)
         self._exclusions = [Exclusion(image_id, frozenset()) for image_id in photos.image_ids]
 
-    def point(self, name: str, indexes: list[CaptionIndex], k: int) -> dict[str, Any]:
-        """CIDEr with its interval for k neighbours out of indexes."""
-        condition = none(self._photos.embeddings.vectors)
-        if indexes:
-            retriever, _ = self._subject.captioner.retriever(indexes, k)
-            found = retriever.search(self._photos.embeddings.vectors, k, self._exclusions)
-            condition = Condition(name, nearest(found, 0, k))
-        decoding = self._settings.decoding
+    def search(self, indexes: list[CaptionIndex], k: int) -> Neighbors:
+        """The k nearest captions of indexes for each photo."""
+        retriever, _ = self._subject.captioner.retriever(indexes, k)
+        return retriever.search(self._photos.embeddings.vectors, k, self._exclusions)
+
+    def point(self, name: str, indexes: list[CaptionIndex], shown: Neighbors) -> dict[str, Any]:
+        """CIDEr with its interval when these neighbours out of indexes are shown."""
+        condition, decoding = Condition(name, shown), self._settings.decoding
         written = self._files.captioned(self._subject, self._photos, condition, self._settings, decoding)
         cider = score(self._photos.references, written.captions)["metrics"]["CIDEr"]
-        size = sum(len(index) for index in indexes)
+        size, k = sum(len(index) for index in indexes), shown.rows.shape[1]
         print(f"{name}: {size} captions, {k} neighbours, CIDEr {100 * cider['value']:.1f}", flush=True)
         return {"name": name, "captions": size, "neighbors": k, "CIDEr": cider}
 
@@ -67,12 +69,8 @@ def part_of(index: CaptionIndex, size: int, out: Path) -> CaptionIndex:
 
 def draw(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Both curves side by side, each with its interval and the captions without retrieval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     off = curves["none"][0]["CIDEr"]
     for axis, key, label in zip(axes, ("neighbors", "captions"), ("neighbours", "captions in the index"), strict=True):
         points = curves[key]
@@ -84,7 +82,6 @@ def draw(curves: dict[str, list[dict[str, Any]]], file: Path) -> None:
         axis.set(xscale="log", xlabel=label)
         axis.legend()
     axes[0].set_ylabel("CIDEr")
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
 
 
@@ -104,12 +101,15 @@ def main() -> None:
     photos.check(subject, "the model")
     curves, indexes = Curves(subject, photos, given.decoding, given.out), [CaptionIndex.open(i) for i in given.index]
     first, k = indexes[0], subject.captioner.checkpoint.num_neighbors
-    points = {"none": [curves.point("none", [], 0)]}
-    points["neighbors"] = [curves.point(f"{count} neighbours", [first], count) for count in NEIGHBORS]
-    parts = [part_of(first, size, given.out) for size in PARTS if size < len(first)]
-    points["captions"] = [curves.point(f"part of {len(part)}", [part], k) for part in parts] + [
-        curves.point(" + ".join(index.name for index in indexes[:count]), indexes[:count], k)
-        for count in range(1, len(indexes) + 1)
+    points = {"none": [curves.point("none", [], none(photos.embeddings.vectors).neighbors)]}
+    found = curves.search([first], max(NEIGHBORS))
+    points["neighbors"] = [
+        curves.point(f"{count} neighbours", [first], nearest(found, 0, count)) for count in NEIGHBORS
+    ]
+    sizes = [[part_of(first, size, given.out)] for size in PARTS if size < len(first)]
+    sizes += [indexes[:count] for count in range(1, len(indexes) + 1)]
+    points["captions"] = [
+        curves.point(" + ".join(index.name for index in chosen), chosen, curves.search(chosen, k)) for chosen in sizes
     ]
     write_json(given.out / "curves.json", points)
     draw(points, given.out / "curves.png")
