@@ -182,9 +182,7 @@ class CaptionBatches:
         rows = self.neighbor_rows[photos, : self.config.num_neighbors]
         present = rows >= 0 if retrieved is None else (rows >= 0) & retrieved[:, None]
         captions = [self.index.captions(own[kept]) for own, kept in zip(rows, present, strict=True)]
-        scores = [
-            np.zeros(len(listed)) for listed in captions
-        ]  # in training no word is new, and all neighbours count the same
+        scores = [np.zeros(len(listed)) for listed in captions]  # in training all neighbours count the same
         return neighbor_bonus(self.tokenizer, captions, scores, [self.index])
 
     def _noisy_rows(self, photos: np.ndarray, random: np.random.Generator) -> np.ndarray:

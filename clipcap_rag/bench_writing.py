@@ -27,7 +27,7 @@ def comparisons(subjects: Subjects) -> Iterator[Comparison]:
 
 
 def _config(subjects: Subjects, candidates: int) -> GenerationConfig:
-    return GenerationConfig(candidates=candidates, max_new_tokens=subjects.sizes.tokens)
+    return GenerationConfig(candidates=candidates, num_beams=1, max_new_tokens=subjects.sizes.tokens)
 
 
 def _against_generate(

@@ -183,6 +183,14 @@ class CaptionIndex:
             )
         return self._image_route.search(queries, k, self.files.live if among is None else self.files.live & among)
 
+    def photos(self, rows: np.ndarray) -> np.ndarray:
+        """Where the photo of each row [n] stands among the index's photos, int64; -1 where it has none."""
+        return self._image_route.photos(rows)
+
+    def photo_embeddings(self, photos: np.ndarray) -> np.ndarray:
+        """Embeddings [n, D] float32 of unit length of photos as `photos` numbers them."""
+        return self.files.images.vectors[photos].astype(np.float32)
+
     @cached_property
     def _image_route(self) -> ImageRoute:
         return ImageRoute(self.files)

@@ -98,10 +98,12 @@ class GenerationConfig(Config):
         "sample and rerank, beam search, greedy, or ClipCap's own rule (beam search; greedy with 1 beam)",
         ("sample", "beam", "greedy", "clipcap"),
     )
-    candidates: int = option(16, "captions to sample per image; the greedy caption is always one of them")
+    candidates: int = option(
+        16, "captions per image to rerank: of a beam search (num_beams, at most a third of them), the rest sampled"
+    )
     top_p: float = option(0.9, "nucleus: sample from the likeliest tokens that together have this probability")
     temperature: float = option(0.7, "softmax temperature of sampling; smaller is safer, larger more varied")
-    num_beams: int = option(5, "beams of beam search, ordered by mean log-probability")
+    num_beams: int = option(5, "beams of beam search, ordered by mean log-probability; 1 is greedy")
     max_new_tokens: int = option(0, "longest caption, in language-model tokens; 0 is 40, with clipcap 67")
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
@@ -153,6 +155,11 @@ class GenerationConfig(Config):
     def longest(self) -> int:
         """The most tokens that a caption has."""
         return self.max_new_tokens or (67 if self.decoding == "clipcap" else 40)
+
+    @property
+    def candidate_beams(self) -> int:
+        """How many of the captions that are to be reranked come from a beam search; 1 is the greedy one."""
+        return 1 if self.decoding == "greedy" else max(1, min(self.num_beams, self.candidates // 3))
 
     @property
     def captions_per_image(self) -> int:
@@ -273,9 +280,10 @@ class RetrievalConfig(Config):
     """Which captions of the indexes may be retrieved, and how they are looked for."""
 
     route: str = option(
-        "text",
-        "nearest captions (text), captions of the nearest photos of an index that holds such (image), or both in turn",
-        ("text", "image", "both"),
+        "auto",
+        "nearest captions (text), captions of the nearest photos of an index that holds such (image), both in turn, or "
+        "auto: the nearest captions, and captions of the nearest photos have a say in words and ranking",
+        ("auto", "text", "image", "both"),
     )
     where: tuple[str, ...] = option(
         (),

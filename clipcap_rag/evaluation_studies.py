@@ -14,7 +14,7 @@ from clipcap_rag.errors import InputError
 from clipcap_rag.evaluated import Photos, Subject
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.leak_audit import LeakAudit, audit
-from clipcap_rag.neighbor_conditions import LOW_RANK, Condition, nearest, none, random_neighbors, robustness
+from clipcap_rag.neighbor_conditions import Condition, none, random_neighbors, robustness
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles, Predictions, candidates_of
 from clipcap_rag.progress import say
@@ -57,13 +57,15 @@ class Studies:
 
     @cached_property
     def _found(self) -> dict[str, Neighbors]:
-        """The neighbours in each index, as many as the studies ask for."""
-        count = LOW_RANK - 1 + self._k if "robustness" in self._config.chosen_studies() else self._k
-        exclusions = [Exclusion(image_id, frozenset()) for image_id in self._photos.image_ids]
+        """The neighbours in each index."""
         for name, own in self.excluded_rows.items():
             if own:
                 say(f"{name} holds {own} captions of the evaluated photos; they are not retrieved")
-        return {name: self._search(name, count, exclusions) for name in self._retrievers}
+        return {name: self._search(name, self._k, self._own) for name in self._retrievers}
+
+    @property
+    def _own(self) -> list[Exclusion]:
+        return [Exclusion(image_id, frozenset()) for image_id in self._photos.image_ids]
 
     def _search(self, name: str, count: int, exclusions: Sequence[Exclusion] | None) -> Neighbors:
         return self._retrievers[name].search(self._photos.embeddings.vectors, count, exclusions)
@@ -82,7 +84,7 @@ class Studies:
         return none(self._photos.embeddings.vectors)
 
     def _indexed(self) -> list[Condition]:
-        return [Condition(name, nearest(found, 0, self._k)) for name, found in self._found.items()]
+        return [Condition(name, found) for name, found in self._found.items()]
 
     def _first_index(self, study: str) -> str:
         if not self._retrievers:
@@ -109,8 +111,9 @@ class Studies:
     def robustness(self) -> Found:
         """The first index with its neighbours made worse and worse, and effects."""
         name = self._first_index("the robustness study")
-        index, vectors, ids = self._retrievers[name].indexes[0], self._photos.embeddings.vectors, self._photos.image_ids
-        conditions = robustness(name, index, self._found[name], vectors, ids, self._k, self._generation.seed)
+        index, photos = self._retrievers[name].indexes[0], self._photos
+        shown = (photos.embeddings.vectors, photos.image_ids, self._k, self._generation.seed)
+        conditions = robustness(name, index, lambda count: self._search(name, count, self._own), *shown)
         written: dict[str, dict[str, Predictions]] = {}
         for decoding in self._config.names():
             written[decoding] = {short: self._captioned(shown, decoding) for short, shown in conditions.items()}

@@ -48,8 +48,9 @@ def write_captions(
 ) -> list[list[Written]]:
     """Writes candidates for each image.
 
-    Greedy gives one; sampling gives the greedy one and `candidates - 1` samples (Holtzman et al. 2020, arXiv
-    1904.09751) in the order drawn; beam search gives `num_beams`, best mean log-probability first. So does `clipcap`,
+    Greedy gives one; beam search gives `num_beams`, best mean log-probability first; sampling gives the captions of a
+    beam search with `candidate_beams` beams, one beam being greedy, and samples (Holtzman et al. 2020, arXiv
+    1904.09751) in the order drawn, `candidates` in all. As beam search does `clipcap`,
     the rule of ClipCap's notebooks (Mokady et al. 2021, arXiv 2111.09734), which differs in two points: the first token
     may be any, and only the stop token ends a caption, not the end token.
 
@@ -78,7 +79,7 @@ def write_captions(
         if config.decoding in ("beam", "clipcap"):
             decoded = beam_search(model, past, logits, config.num_beams, steps, ends)
         else:
-            decoded = _sample(model, past, logits, config, per_image, digests[part], steps, ends)
+            decoded = _candidates(model, past, logits, config, digests[part], steps, ends)
         for sequences in decoded:
             written.append([_read(tokenizer, model.end_token, prompt, *sequence) for sequence in sequences])
     return written
@@ -106,6 +107,24 @@ def uniforms(seed: int, digest: bytes, count: int, steps: int) -> np.ndarray:
     key = hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()[:16]
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
     return generator.random((count, steps), np.float32)
+
+
+def _candidates(
+    model: CaptionModel,
+    past: Past,
+    logits: Tensor,
+    config: GenerationConfig,
+    digests: Sequence[bytes],
+    steps: int,
+    ends: list[int],
+) -> list[list[tuple[list[int], float]]]:
+    """Beams, or the greedy sequence, and samples of each prefilled image."""
+    beams = config.candidate_beams
+    if beams == 1:
+        return _sample(model, past, logits, config, config.captions_per_image, digests, steps, ends)
+    searched = beam_search(model, past, logits, beams, steps, ends)
+    sampled = _sample(model, past, logits, config, 1 + config.captions_per_image - beams, digests, steps, ends)
+    return [best + drawn[1:] for best, drawn in zip(searched, sampled, strict=True)]
 
 
 def _sample(

@@ -17,6 +17,10 @@ class ImageRoute:
         self._order = np.argsort(self._photos, kind="stable")
         self._starts = np.searchsorted(self._photos, np.arange(len(self._vectors) + 1), sorter=self._order)
 
+    def photos(self, rows: np.ndarray) -> np.ndarray:
+        """The photo of each row [n], -1 for none."""
+        return self._photos[rows]
+
     def search(self, queries: np.ndarray, k: int, among: np.ndarray) -> Hits:
         """The k rows whose photo has the largest cosine with each query, as `CaptionIndex.search` returns them.
 

@@ -91,6 +91,7 @@ class OpenIndexes:
             [choice.weight for choice in chosen],
             [choice.most for choice in chosen],
             retrieval,
+            photos_vote=self.checkpoint.raises_words,
         )
         if num_neighbors is not None and k > retriever.available:
             say(f"{k} neighbours were asked for but {retriever.available} captions may be retrieved; using these")

@@ -4,7 +4,7 @@ The ways of being worse follow studies of how captioners bear retrieval that err
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,10 @@ def none(images: np.ndarray) -> Condition:
 
 
 def placed(neighbors: Neighbors, places: np.ndarray) -> Neighbors:
-    """The neighbours that stand at `places` [B, K], counted from 0; places behind the last one stay empty."""
+    """The neighbours that stand at `places` [B, K], counted from 0; places behind the last one stay empty.
+
+    Photos have no vote among them.
+    """
     arrays = {
         name: np.take_along_axis(getattr(neighbors, name), places, 1)
         for name in ("rows", "scores", "sources", "image_scores")
@@ -56,7 +59,7 @@ def placed(neighbors: Neighbors, places: np.ndarray) -> Neighbors:
         [listed[place] for place in row if place < len(listed)]
         for listed, row in zip(neighbors.captions, places.tolist(), strict=True)
     ]
-    return dataclasses.replace(neighbors, embeddings=embeddings, captions=captions, **arrays)
+    return dataclasses.replace(neighbors, embeddings=embeddings, captions=captions, photo_votes=None, **arrays)
 
 
 def nearest(neighbors: Neighbors, first: int, count: int) -> Neighbors:
@@ -68,7 +71,8 @@ def nearest(neighbors: Neighbors, first: int, count: int) -> Neighbors:
 def shuffled(neighbors: Neighbors, random: np.random.Generator) -> Neighbors:
     """The same neighbours in another order for each photo."""
     keys = np.where(neighbors.mask, random.random(neighbors.rows.shape), np.inf)  # the absent stay behind
-    return placed(neighbors, np.argsort(keys, axis=1, kind="stable"))
+    mixed = placed(neighbors, np.argsort(keys, axis=1, kind="stable"))
+    return dataclasses.replace(mixed, photo_votes=neighbors.photo_votes)
 
 
 def repeated(neighbors: Neighbors) -> Neighbors:
@@ -146,19 +150,26 @@ def _families(index: CaptionIndex, drawn: np.ndarray) -> list[np.ndarray]:
 
 
 def robustness(
-    name: str, index: CaptionIndex, found: Neighbors, images: np.ndarray, image_ids: Sequence[str], k: int, seed: int
+    name: str,
+    index: CaptionIndex,
+    search: Callable[[int], Neighbors],
+    images: np.ndarray,
+    image_ids: Sequence[str],
+    k: int,
+    seed: int,
 ) -> dict[str, Condition]:
     """All conditions of one index by short names; `nearest K` is what retrieval gives, for several K.
 
     Args:
         name: of the index in tables.
-        found: the neighbours of rank 1 to LOW_RANK - 1 + k, as far as the index has them.
+        search: gives so many nearest neighbours of each photo, as far as the index has them.
         images: [B, D] of unit length.
         k: neighbours of each photo, at least 1.
     """
-    top = nearest(found, 0, k)
+    found, counts = search(LOW_RANK - 1 + k), {count: search(count) for count in sorted({*SWEEP, k})}
+    top = counts[k]
     fixed = np.tile(random_rows(index, [""], k, _random(seed, 1)), (len(images), 1))
-    neighbors = {f"nearest {count}": nearest(found, 0, count) for count in sorted({*SWEEP, k})} | {
+    neighbors = {f"nearest {count}": shown for count, shown in counts.items()} | {
         f"ranks {LOW_RANK}-{LOW_RANK - 1 + k}": nearest(found, LOW_RANK - 1, k),
         "random": random_neighbors(index, images, image_ids, k, _random(seed, 0)),
         "random but fixed": of_rows(index, fixed, images),

@@ -7,6 +7,7 @@ from itertools import compress
 import numpy as np
 
 from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.caption_votes import Votes, joint_votes
 
 LISTED = 16  # neighbours of an image that results name, of however many were retrieved
 
@@ -43,6 +44,7 @@ class Neighbors:
         indexes: those that were searched.
         image_scores: [B, K] float32 cosines with the captions' photos, by which they were found; NaN where a caption
             was found by its own words, None where all were.
+        photo_votes: per image, what the captions of the photos most like it say; None where no photos were asked.
     """
 
     rows: np.ndarray
@@ -52,17 +54,24 @@ class Neighbors:
     captions: list[list[str]]
     indexes: list[CaptionIndex]
     image_scores: np.ndarray | None = None
+    photo_votes: list[Votes] | None = None
 
     @property
     def mask(self) -> np.ndarray:
         """[B, K] bool, True where a neighbour is present."""
         return self.rows >= 0
 
+    def votes(self) -> list[Votes]:
+        """What all captions that were found say about each image."""
+        scores = (own[mask] for own, mask in zip(self.scores, self.mask, strict=True))
+        photos = self.photo_votes or [Votes()] * len(self.rows)
+        return [joint_votes(*found) for found in zip(self.captions, scores, photos, strict=True)]
+
     def part(self, images: slice) -> "Neighbors":
         """The neighbours of some of the images."""
-        arrays = (self.rows[images], self.scores[images], self.sources[images], self.embeddings[images])
-        by_image = None if self.image_scores is None else self.image_scores[images]
-        return Neighbors(*arrays, self.captions[images], self.indexes, by_image)
+        arrays = {name: array[images] for name, array in self._arrays().items()}
+        votes = self.photo_votes and self.photo_votes[images]
+        return dataclasses.replace(self, **arrays, captions=self.captions[images], photo_votes=votes)
 
     def first(self, count: int) -> "Neighbors":
         """The best `count` neighbours of each image; all of them for 0."""
@@ -72,11 +81,18 @@ class Neighbors:
         return dataclasses.replace(self, **arrays, captions=[listed[:count] for listed in self.captions])
 
     def versions(self, kept: np.ndarray) -> "Neighbors":
-        """Those of one image in S versions, each with the ones that `kept` [S, K] says."""
+        """Those of one image in S versions, each with the ones that `kept` [S, K] says.
+
+        A caption that is left out votes no more, and nothing does where all are.
+        """
         arrays = {name: np.repeat(array, len(kept), axis=0) for name, array in self._arrays().items()}
         arrays["rows"] = np.where(kept, arrays["rows"], -1)
         captions = [list(compress(self.captions[0], version)) for version in kept]
-        return dataclasses.replace(self, **arrays, captions=captions)
+        votes = self.photo_votes and [
+            self.photo_votes[0].without(frozenset(self.captions[0]) - frozenset(left)) if left else Votes()
+            for left in captions
+        ]
+        return dataclasses.replace(self, **arrays, captions=captions, photo_votes=votes)
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """What holds a row for each image, by name, but for the captions."""

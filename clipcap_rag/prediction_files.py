@@ -179,4 +179,6 @@ def _stamp(made_from: Any, photos: Photos, neighbors: Neighbors) -> str:
     embeddings = photos.embeddings
     for array in (embeddings.vectors, embeddings.norms, neighbors.rows, neighbors.scores, neighbors.embeddings):
         digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    for votes in neighbors.photo_votes or ():
+        digest.update(repr(votes.captions).encode() + votes.weights.tobytes())
     return digest.hexdigest()

@@ -79,8 +79,8 @@ class Ranker:
             yield from ([] for _ in written)
             return
         weights = ngram_weights(neighbors.indexes)
-        for captions, around in zip(written, neighbors.captions, strict=True):
-            common = weights.mean(around)
+        for captions, votes in zip(written, neighbors.votes(), strict=True):
+            common = weights.total(votes)
             yield [agreement(weights.vector(found.caption), common) for found in captions]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -32,7 +32,7 @@ def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: Generati
         scores = [own[mask] for own, mask in zip(neighbors.scores, neighbors.mask, strict=True)]
         found = (neighbors.captions, scores, neighbors.indexes)
         settings = (checkpoint.words, generation.bias_strength, generation.new_word_share)
-        return {"bonus": neighbor_bonus(tokenizer, *found, *settings).to(device)}
+        return {"bonus": neighbor_bonus(tokenizer, *found, *settings, neighbors.photo_votes).to(device)}
     return {}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from clipcap_rag.artifact import read_json, save_array, write_json
 from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.caption_votes import PHOTOS_PER_NEIGHBOR, Votes, photo_weights
 from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.deny_list import DenyList
 from clipcap_rag.errors import InputError
@@ -19,6 +20,8 @@ from clipcap_rag.index_filter import matching, parse_where
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.progress import bar, say
 from clipcap_rag.sources import normalize_caption
+
+_PER_PHOTO = 6  # captions that are looked up for each photo that is to vote
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Retriever:
         weights: Sequence[float] | None = None,
         most: Sequence[int | None] | None = None,
         config: RetrievalConfig | None = None,
+        photos_vote: bool = False,
     ):
         """Prepares the search.
 
@@ -60,6 +64,8 @@ class Retriever:
             weights: of each index.
             most: of each index, how many neighbours of an image may come from it; None is no limit.
             config: which captions may be found, and by which route.
+            photos_vote: whether photos that indexes hold say in `Neighbors.photo_votes` what their captions say; they
+                do not for route text.
 
         Raises:
             InputError: the indexes were built with encoders of different width, none holds photos for the route, no
@@ -71,13 +77,14 @@ class Retriever:
         config = config or RetrievalConfig()
         self.indexes, self.weights = list(indexes), list(weights or [1.0] * len(indexes))
         self._most = [math.inf if limit is None else limit for limit in most or [None] * len(indexes)]
-        self._routes = ("text", "image") if config.route == "both" else (config.route,)
+        self._routes = {"both": ("text", "image"), "auto": ("text",)}.get(config.route, (config.route,))
+        self._photos_vote = photos_vote and config.route != "text"
         self._denied = DenyList.read(config.deny) if config.deny else DenyList()
         self._where, self._masks = parse_where(config.where), {}
         if self._where and indexes and not any(map(self._count, range(len(indexes)))):
             names = " and ".join(index.name for index in indexes)
             raise InputError(f"no caption of {names} meets {', '.join(config.where)}; give other conditions")
-        lacking = [index for index in indexes if index.files.images is None] if config.route != "text" else []
+        lacking = [index for index in indexes if index.files.images is None] if "image" in self._routes else []
         if lacking and (config.route == "image" or len(lacking) == len(indexes)):
             raise InputError(
                 f"the index {lacking[0].path} holds no image embeddings for route {config.route}; give it some with "
@@ -119,7 +126,48 @@ class Retriever:
         by_image = ~np.isnan(image_scores)
         scores[by_image] = np.einsum("bkd,bd->bk", embeddings, queries)[by_image]
         captions = [[hit.caption for hit in found] for found in merged]
-        return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores)
+        votes = self.photo_votes(queries, k, exclusions)
+        return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores, votes)
+
+    def photo_votes(self, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion]) -> list[Votes] | None:
+        """What the captions of the 2 k nearest photos of the indexes say; None where no photos are asked.
+
+        Args:
+            queries: [B, D] float32 image embeddings of unit length.
+            exclusions: per query, what has no vote.
+        """
+        if not (k and self._photos_vote):
+            return None
+        asked = [number for number, index in enumerate(self.indexes) if index.files.images is not None]
+        if not asked:
+            return None
+        count = PHOTOS_PER_NEIGHBOR * k
+        found: list[dict[tuple[int, int], list[_Hit]]] = [{} for _ in queries]
+        for number in asked:
+            index = self.indexes[number]
+            all_scores, all_rows = index.search_images(queries, _PER_PHOTO * count, among=self._among(number))
+            photos = index.photos(all_rows)
+            for query, (scores, rows, own) in enumerate(zip(all_scores, all_rows, photos, strict=True)):
+                present = rows >= 0
+                place = dict(zip(rows.tolist(), own.tolist(), strict=True))
+                hits = self._allowed(number, "image", scores[present], rows[present], exclusions[query])
+                for hit in islice(hits, min(self._most[number], len(rows))):
+                    found[query].setdefault((number, place[hit.row]), []).append(hit)
+        return [self._votes(query, own, count) for query, own in zip(queries, found, strict=True)]
+
+    def _votes(self, query: np.ndarray, found: dict[tuple[int, int], list[_Hit]], count: int) -> Votes:
+        """What the captions of the nearest `count` of the photos that were found say, by index and place there."""
+        nearest = sorted(found, key=lambda photo: -self.weights[photo[0]] * found[photo][0].score)[:count]
+        if not nearest:
+            return Votes()
+        vectors = np.concatenate([self.indexes[number].photo_embeddings(np.array([at])) for number, at in nearest])
+        weights = photo_weights(query, vectors, np.array([self.weights[number] for number, _ in nearest]))
+        said = [
+            (hit.caption, weight / len(found[photo]))
+            for photo, weight in zip(nearest, weights.tolist(), strict=True)
+            for hit in found[photo]
+        ]
+        return Votes([caption for caption, _ in said], np.array([weight for _, weight in said]))
 
     def _merge(self, routes: Sequence[list[_Hit]], k: int) -> list[_Hit]:
         """The first k distinct captions of routes that take turns, no index giving more than it may."""

@@ -63,7 +63,7 @@ def sample_captions(
 ) -> list[list[Written]]:
     """Greedy caption and `samples` - 1 draws from the model's own distribution for each prefix [B, P, E]."""
     settings = GenerationConfig(
-        decoding="sample", candidates=samples, top_p=1.0, temperature=1.0, max_new_tokens=longest
+        decoding="sample", candidates=samples, num_beams=1, top_p=1.0, temperature=1.0, max_new_tokens=longest
     )
     return write_captions(model, tokenizer, prefix, settings, seeds, context=context, bonus=bonus)
 

@@ -19,7 +19,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.evaluated import Photos, Subject
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.index_builder import build_caption_index
-from clipcap_rag.neighbor_conditions import Condition, nearest, none
+from clipcap_rag.neighbor_conditions import Condition, none
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles
 from clipcap_rag.retriever import Exclusion
@@ -102,9 +102,8 @@ def main() -> None:
     curves, indexes = Curves(subject, photos, given.decoding, given.out), [CaptionIndex.open(i) for i in given.index]
     first, k = indexes[0], subject.captioner.checkpoint.num_neighbors
     points = {"none": [curves.point("none", [], none(photos.embeddings.vectors).neighbors)]}
-    found = curves.search([first], max(NEIGHBORS))
     points["neighbors"] = [
-        curves.point(f"{count} neighbours", [first], nearest(found, 0, count)) for count in NEIGHBORS
+        curves.point(f"{count} neighbours", [first], curves.search([first], count)) for count in NEIGHBORS
     ]
     sizes = [[part_of(first, size, given.out)] for size in PARTS if size < len(first)]
     sizes += [indexes[:count] for count in range(1, len(indexes) + 1)]

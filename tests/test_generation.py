@@ -53,6 +53,19 @@ def test_greedy_takes_the_likeliest_token_each_time(captioner):
         assert logits.argmax(-1).tolist() == list(candidate.tokens)
 
 
+def test_samples_come_beside_the_beams_of_a_beam_search(captioner):
+    model, tokenizer, prefix = captioner
+    config = GenerationConfig(decoding="sample", candidates=9, num_beams=3, max_new_tokens=10)
+    beam = GenerationConfig(decoding="beam", num_beams=3, max_new_tokens=10)
+    plain = dataclasses.replace(config, num_beams=1)
+    written, beams, sampled = (write_captions(model, tokenizer, prefix, own, DIGESTS) for own in (config, beam, plain))
+    for captions, best, drawn in zip(written, beams, sampled, strict=True):
+        assert len(captions) == 9 and captions[:3] == best
+        assert [found.tokens for found in captions[3:]] == [found.tokens for found in drawn[1:7]]
+    (few,) = write_captions(model, tokenizer, prefix[:1], dataclasses.replace(config, candidates=4), DIGESTS[:1])
+    assert few[0].tokens == sampled[0][0].tokens  # the greedy one
+
+
 def reference_beam(model, prefix, beams, steps, may_be_empty=False):
     """The same rule one image at a time, recomputing everything for every token."""
     hypotheses = [([], 0.0)]
@@ -132,20 +145,17 @@ def test_looking_rarely_at_what_is_finished_changes_nothing(captioner, decoding,
             assert a.log_probability == pytest.approx(b.log_probability, abs=1e-4)
 
 
-def test_more_candidates_keep_the_first_ones_and_greedy_is_among_them(captioner):
+@pytest.mark.parametrize("beams", [1, 4])
+def test_more_candidates_keep_the_first_ones_and_the_likeliest_are_among_them(captioner, beams):
     model, tokenizer, prefix = captioner
-    few, many = (
-        write_captions(model, tokenizer, prefix[:1], GenerationConfig(candidates=count, max_new_tokens=8), DIGESTS[:1])[
-            0
-        ]
-        for count in (4, 600)
-    )
-    greedy = write_captions(
-        model, tokenizer, prefix[:1], GenerationConfig(decoding="greedy", max_new_tokens=8), DIGESTS[:1]
-    )[0]
-    assert len(many) == 600
-    assert [candidate.tokens for candidate in many[:4]] == [candidate.tokens for candidate in few]
-    assert few[0].tokens == greedy[0].tokens
+
+    def write(**settings):
+        config = GenerationConfig(num_beams=beams, max_new_tokens=8, **settings)
+        return [found.tokens for found in write_captions(model, tokenizer, prefix[:1], config, DIGESTS[:1])[0]]
+
+    few, many = write(candidates=12), write(candidates=600)
+    assert len(many) == 600 and many[:12] == few
+    assert few[:beams] == write(decoding="greedy" if beams == 1 else "beam")
 
 
 def test_samples_follow_the_nucleus(captioner):

@@ -83,6 +83,7 @@ LAYERS = {
     "index_lint": 3.2,
     "index_import": 3.5,
     "tagging": 3.5,
+    "caption_votes": 0.2,
     "neighbors": 2.5,
     "retriever": 3,
     "generation": 3,

@@ -16,8 +16,13 @@ K = 4
 def parts(world):
     vectors, ids = world.features.unit_embeddings(), world.features.image_ids
     exclusions = [Exclusion(image_id, frozenset()) for image_id in ids]
-    found = Retriever([world.index]).search(vectors, LOW_RANK - 1 + K, exclusions)
-    return world.index, found, vectors, ids, robustness("own", world.index, found, vectors, ids, K, seed=3)
+    retriever = Retriever([world.index])
+
+    def search(k):
+        return retriever.search(vectors, k, exclusions)
+
+    conditions = robustness("own", world.index, search, vectors, ids, K, seed=3)
+    return world.index, search(LOW_RANK - 1 + K), vectors, ids, conditions
 
 
 def test_every_neighbour_is_what_it_says_and_none_is_the_photo_s_own(parts):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipcap_rag.caption_index import CaptionIndex
+from clipcap_rag.caption_votes import Votes, match_weights
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
@@ -15,7 +16,7 @@ from clipcap_rag.index_builder import build_caption_index
 from clipcap_rag.index_editor import add_captions
 from clipcap_rag.model import load_tokenizer
 from clipcap_rag.token_bonus import TokenBonus
-from clipcap_rag.word_bonus import caption_tokens, gram_nats, match_weights, neighbor_bonus, word_nats, words_of
+from clipcap_rag.word_bonus import caption_tokens, gram_nats, neighbor_bonus, word_nats, words_of
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,15 @@ def test_neighbors_count_the_same_but_for_one_that_stands_out():
 def test_runs_of_tokens_gain_where_the_neighbors_share_them(index, tiny_lm):
     tokenizer = load_tokenizer(tiny_lm)
     shared, single = "a zeppelin at sea", "an old man in a hat"
-    tokens = caption_tokens(tokenizer, [shared, shared, shared, single])
-    nats = gram_nats(tokens, np.full(4, 0.5), [index], tokenizer)
+    captions = [shared, shared, shared, single]
+    tokens = caption_tokens(tokenizer, captions)
+    nats = gram_nats(Votes(captions, np.full(4, 0.2)), [index], tokenizer)
     for n in (2, 3):
         common, rare = ({*zip(*(ids[start:] for start in range(n)), strict=False)} for ids in (tokens[0], tokens[3]))
         assert max(nats.get(gram, 0.0) for gram in common - rare) > 2 * max(
             nats.get(gram, 0.0) for gram in rare - common
         )
-    assert gram_nats([], np.array([]), [index], tokenizer) == {}
+    assert gram_nats(Votes(), [index], tokenizer) == {}
 
 
 def test_the_bonus_along_a_caption_is_that_of_writing_it():
