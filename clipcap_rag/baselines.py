@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from clipcap_rag.caption_votes import Votes
 from clipcap_rag.errors import InputError
 from clipcap_rag.evaluated import Photos
 from clipcap_rag.neighbor_conditions import Condition
 from clipcap_rag.neighbors import Neighbors
-from clipcap_rag.ngram_agreement import agreement
 from clipcap_rag.prediction_files import PredictionFiles, Predictions
 from clipcap_rag.ranker import ngram_weights
 
@@ -22,10 +24,8 @@ def consensus_captions(neighbors: Neighbors) -> list[str]:
     weights = ngram_weights(neighbors.indexes)
     chosen = []
     for captions in neighbors.captions:
-        common = weights.mean(captions)
-        chosen.append(
-            max(captions, key=lambda caption, common=common: agreement(weights.vector(caption), common), default="")
-        )
+        common = weights.total(Votes(captions, np.full(len(captions), 1 / max(1, len(captions)))))
+        chosen.append(max(captions, key=lambda caption, common=common: weights.agreement(caption, common), default=""))
     return chosen
 
 

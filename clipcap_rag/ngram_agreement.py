@@ -4,10 +4,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+
+import numpy as np
+
+from clipcap_rag.caption_votes import Votes
+from clipcap_rag.vote_sums import VoteSums
 
 _ORDERS = 4
-_REMEMBERED = 16_384  # captions whose vectors are kept (100 MB); neighbours come back
 _PIECE = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*|[^\w\s]")  # a word, or a mark
 _END = ""  # stands behind the last word, so that how a caption ends counts too
 
@@ -30,9 +33,9 @@ class NgramWeights:
             self._frequency.update({gram for caption in captions for gram in grams(caption)})
             count += 1
         self._log_count = math.log(max(2, count))
-        self.vector = lru_cache(maxsize=_REMEMBERED)(self._vector)
+        self._sums = VoteSums(self.vector)
 
-    def _vector(self, caption: str) -> Vector:
+    def vector(self, caption: str) -> Vector:
         """The tf-idf of a caption's n-grams, of length 1 over all orders; empty for a caption without words."""
         orders: list[Vector] = [{} for _ in range(_ORDERS)]
         for gram, times in Counter(grams(caption)).items():
@@ -45,17 +48,13 @@ class NgramWeights:
                 found |= {gram: value / length for gram, value in part.items()}
         return found
 
-    def total(self, captions: Iterable[tuple[str, float]]) -> Vector:
-        """The sum of captions' vectors, each times its weight; `agreement` with it is the sum of agreements."""
-        total: Vector = {}
-        for caption, weight in captions:
-            for gram, value in self.vector(caption).items():
-                total[gram] = total.get(gram, 0.0) + weight * value
-        return total
+    def total(self, votes: Votes) -> np.ndarray:
+        """The sum of captions' vectors, each times its weight, to be compared by `agreement`."""
+        return self._sums.total(votes)
 
-    def mean(self, captions: Sequence[str]) -> Vector:
-        """The mean of captions' vectors; `agreement` with it is the mean agreement with them."""
-        return self.total((caption, 1 / len(captions)) for caption in captions)
+    def agreement(self, caption: str, total: np.ndarray) -> float:
+        """The weighted sum of a caption's agreements with those of `total`."""
+        return self._sums.product(caption, total)
 
 
 def pieces(caption: str) -> list[str]:

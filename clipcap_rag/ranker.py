@@ -11,7 +11,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.generation import Written
 from clipcap_rag.neighbors import Neighbors
-from clipcap_rag.ngram_agreement import NgramWeights, agreement
+from clipcap_rag.ngram_agreement import NgramWeights
 from clipcap_rag.rerank import Candidate, RerankWeights, by_likelihood, by_similarity, distinct
 
 _MEMORY = 64 * 2**20  # bytes of embeddings kept
@@ -81,7 +81,7 @@ class Ranker:
         weights = ngram_weights(neighbors.indexes)
         for captions, votes in zip(written, neighbors.votes(), strict=True):
             common = weights.total(votes)
-            yield [agreement(weights.vector(found.caption), common) for found in captions]
+            yield [weights.agreement(found.caption, common) for found in captions]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """[N, D] float32 embeddings of unit length; texts seen before keep theirs."""

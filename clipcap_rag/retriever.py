@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice, zip_longest
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from clipcap_rag.progress import bar, say
 from clipcap_rag.sources import normalize_caption
 
 _PER_PHOTO = 6  # captions that are looked up for each photo that is to vote
+_normalized = lru_cache(maxsize=50_000)(normalize_caption)  # photo after photo the same captions are found
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Retriever:
         index, seen = self.indexes[number], set()
         captions, image_ids = index.captions(rows), index.image_ids(rows)
         for score, row, caption, image_id in zip(scores, rows, captions, image_ids, strict=True):
-            text = normalize_caption(caption)
+            text = _normalized(caption)
             own = exclusion.image_id is not None and image_id == exclusion.image_id
             if not own and text not in exclusion.texts and text not in seen and not self._denied.refuses(text):
                 seen.add(text)

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import Votes, joint_votes, near_weights
 from clipcap_rag.token_bonus import TokenBonus
+from clipcap_rag.vote_sums import VoteSums
 
 WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 _SAMPLE = 20_000  # captions of an index whose words are counted
@@ -20,7 +22,7 @@ _GRAM_SAMPLE = 5_000  # likewise, for runs of tokens
 _KNOWN = 0.75  # of s log(s / p) for words that the captioner was trained on
 _GRAMS = {2: 1.5, 3: 2.0}  # likewise for two and for three tokens in a row
 _LEAST = 0.1  # nats; less is not worth the time
-_REMEMBERED = 50_000  # captions whose words and runs of tokens are kept, since those of an index vote again and again
+_REMEMBERED = 50_000  # captions whose words are kept, since those of an index vote again and again
 
 NO_VOTES = Votes()
 
@@ -69,26 +71,24 @@ def word_nats(
             as all of them.
         photos: the votes of the captions of photos like it.
     """
-    votes = joint_votes(captions, scores, photos)
-    share, near, forms = defaultdict(float), defaultdict(float), {}
-    for caption, weight in votes:
-        for word, form in words_of(caption).items():
-            share[word] += weight
-            forms.setdefault(word, form)
-    if trained and captions:
+    votes, near, forms = joint_votes(captions, scores, photos), defaultdict(float), {}
+    for caption in votes.captions:
+        forms |= words_of(caption)
+    if captions:
         for caption, weight in zip(captions, near_weights(scores).tolist(), strict=True):
             for word in words_of(caption):
                 near[word] += weight
     counted, unsaid = [word_counts(index, index.revision) for index in indexes], 1.0 - votes.weights.sum()
-    nats = {}
-    for word, form in forms.items():
-        usual = (sum(counts[word] for counts in counted) + 1) / (_SAMPLE * len(counted) + 2)
+    total, nats = _SAMPLE * len(counted) + 2, {}
+    shares = _shares(_word_sums(), votes, 1 / total)
+    for word, share in (dict.fromkeys(near, 0.0) | shares).items():
+        usual = (sum(counts[word] for counts in counted) + 1) / total
         if not trained or word in trained:
-            value = _KNOWN * _gain(share[word] + unsaid * usual, usual)
+            value = _KNOWN * _gain(share + unsaid * usual, usual)
         else:
             value = min(1.0, near[word] / new_word_share) * math.log(max(1.0, near[word] / usual))
         if value > 0:
-            nats[form] = float(value)
+            nats[forms[word]] = float(value)
     return nats
 
 
@@ -98,29 +98,38 @@ def gram_nats(
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[Gram, float]:
     """The bonus in nats of two and three tokens in a row, 1.5 and 2 times s log(s / p) as for words."""
-    share = defaultdict(float)
-    for caption, weight in votes:
-        for gram in _grams(tokenizer, caption):
-            share[gram] += weight
     counted, unsaid = [_gram_counts(index, index.revision, tokenizer) for index in indexes], 1.0 - votes.weights.sum()
-    total = _GRAM_SAMPLE * len(counted) + 2
+    total, nats = _GRAM_SAMPLE * len(counted) + 2, {}
     enough = _LEAST / (max(_GRAMS.values()) * math.log(2 * total))  # with a smaller share nothing reaches the least
-    nats = {}
-    for gram, own in share.items():
-        if own < enough:
-            continue
+    for gram, share in _shares(_gram_sums(tokenizer), votes, enough).items():
         usual = (sum(counts[gram] for counts in counted) + 0.5) / total
-        value = _GRAMS[len(gram)] * _gain(own + unsaid * usual, usual)
+        value = _GRAMS[len(gram)] * _gain(share + unsaid * usual, usual)
         if value > _LEAST:
             nats[gram] = float(value)
     return nats
 
 
-@lru_cache(maxsize=_REMEMBERED)
-def _grams(tokenizer: PreTrainedTokenizerBase, caption: str) -> frozenset[Gram]:
+def _shares(sums: VoteSums, votes: Votes, least: float) -> dict[Any, float]:
+    """The share of the votes for each term that has at least so much."""
+    total = sums.total(votes)
+    numbers = np.flatnonzero(total >= least)
+    return {sums.terms[number]: share for number, share in zip(numbers.tolist(), total[numbers].tolist(), strict=True)}
+
+
+@lru_cache(maxsize=1)
+def _word_sums() -> VoteSums:
+    return VoteSums(lambda caption: dict.fromkeys(words_of(caption), 1.0))
+
+
+@lru_cache(maxsize=4)
+def _gram_sums(tokenizer: PreTrainedTokenizerBase) -> VoteSums:
+    return VoteSums(lambda caption: dict.fromkeys(_grams(tokenizer, caption), 1.0))
+
+
+def _grams(tokenizer: PreTrainedTokenizerBase, caption: str) -> set[Gram]:
     """Two and three tokens in a row of a caption."""
     (ids,) = caption_tokens(tokenizer, [caption])
-    return frozenset([*pairwise(ids), *zip(ids, ids[1:], ids[2:], strict=False)])
+    return {*pairwise(ids), *zip(ids, ids[1:], ids[2:], strict=False)}
 
 
 @lru_cache(maxsize=8)

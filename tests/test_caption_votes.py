@@ -12,7 +12,7 @@ from clipcap_rag.encoder import Embeddings
 from clipcap_rag.evidence import versions
 from clipcap_rag.index_images import add_images
 from clipcap_rag.model import load_tokenizer
-from clipcap_rag.ngram_agreement import NgramWeights, agreement
+from clipcap_rag.ngram_agreement import NgramWeights
 from clipcap_rag.retriever import Exclusion, Retriever
 from clipcap_rag.word_bonus import neighbor_bonus, word_nats
 
@@ -113,7 +113,7 @@ def test_words_of_photos_that_look_alike_are_raised_and_agreed_with(world, index
     assert raised[first] > 0.5
     weights = NgramWeights([caption] for caption in world.features.captions[0])
     common = weights.total(joint_votes(captions, scores, photos))
-    assert agreement(weights.vector("a zeppelin in the snow"), common) > agreement(weights.vector("a cat"), common)
+    assert weights.agreement("a zeppelin in the snow", common) > weights.agreement("a cat", common)
 
 
 def test_what_is_left_out_votes_no_more(world, index):
