@@ -66,8 +66,20 @@ def train(given: Namespace) -> int:
         dtype=given.dtype,
         overwrite=given.overwrite,
     )
+    _tell_of_photos(given.index, given.features)
     print(f"{out}: trained; caption photos with: clipcap-rag caption PHOTO --model {out}")
     return DONE
+
+
+def _tell_of_photos(index: str | None, features: str) -> None:
+    """Says how the captions of an index get their photos, if they have them not and they are those trained on."""
+    from clipcap_rag.caption_index import CaptionIndex
+    from clipcap_rag.features import FeatureSet
+
+    if index is None or (opened := CaptionIndex.open(index, "cpu")).files.images is not None:
+        return
+    if len(opened.rows_of_images(set(FeatureSet.open(features).image_ids))):
+        say(f"captions get better with photos: clipcap-rag index add-images {index} --features {features}")
 
 
 def sweep_flags(parser: ArgumentParser) -> None:

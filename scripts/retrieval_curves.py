@@ -19,6 +19,7 @@ from clipcap_rag.config import GenerationConfig
 from clipcap_rag.evaluated import Photos, Subject
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.index_builder import build_caption_index
+from clipcap_rag.index_images import add_images
 from clipcap_rag.neighbor_conditions import Condition, none
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles
@@ -52,8 +53,12 @@ class Curves:
         return {"name": name, "captions": size, "neighbors": k, "CIDEr": cider}
 
 
-def part_of(index: CaptionIndex, size: int, out: Path) -> CaptionIndex:
-    """`size` captions of an index, drawn at random, as an index of their own; smaller ones are parts of larger ones."""
+def part_of(index: CaptionIndex, size: int, out: Path, photos: Path | None) -> CaptionIndex:
+    """`size` captions of an index, drawn at random, as an index of their own; smaller ones are parts of larger ones.
+
+    Args:
+        photos: feature set of the photos that they describe, which the part is to hold as well.
+    """
     folder = out / f"part-{size}"
     if not folder.exists():
         rows = np.random.default_rng(0).permutation(np.flatnonzero(index.files.live))[:size]
@@ -64,6 +69,8 @@ def part_of(index: CaptionIndex, size: int, out: Path) -> CaptionIndex:
         file = out / f"part-{size}.jsonl"
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         build_caption_index([file], index.encoder["clip"], folder)
+    if photos is not None and CaptionIndex.open(folder).files.images is None:
+        add_images(folder, photos)
     return CaptionIndex.open(folder)
 
 
@@ -92,6 +99,7 @@ def main() -> None:
     parser.add_argument("--features", required=True, help="feature set of photos that were not trained on")
     parser.add_argument("--index", action="append", required=True, help="may be repeated; the first one is cut")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, help="feature set of the photos of the first index, where it holds them")
     parser.add_argument("--decoding", default="greedy", choices=("greedy", "beam", "sample"))
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
@@ -105,7 +113,7 @@ def main() -> None:
     points["neighbors"] = [
         curves.point(f"{count} neighbours", [first], curves.search([first], count)) for count in NEIGHBORS
     ]
-    sizes = [[part_of(first, size, given.out)] for size in PARTS if size < len(first)]
+    sizes = [[part_of(first, size, given.out, given.photos)] for size in PARTS if size < len(first)]
     sizes += [indexes[:count] for count in range(1, len(indexes) + 1)]
     points["captions"] = [
         curves.point(" + ".join(index.name for index in chosen), chosen, curves.search(chosen, k)) for chosen in sizes

@@ -7,6 +7,7 @@ import pytest
 
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import Votes, joint_votes, photo_weights
+from clipcap_rag.cli import main
 from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.encoder import Embeddings
 from clipcap_rag.evidence import versions
@@ -126,3 +127,12 @@ def test_what_is_left_out_votes_no_more(world, index):
         assert not gone & set(votes.captions)
         assert bool(captions) == bool(votes.captions)
     assert found.part(slice(0, 1)).photo_votes == found.photo_votes
+
+
+def test_training_tells_how_an_index_gets_its_photos(world, index, tiny_lm, tmp_path, capsys):
+    features = str(world.features.path)
+    given = ["train", "--features", features, "--language-model", str(tiny_lm), "--device", "cpu", "--mapper-layers=1"]
+    given += ["--mapper-heads=2", "--epochs=1", "--reward-epochs=0", "--num-neighbors=8", "--validation-fraction=0.3"]
+    for own, told in ((world.index.path, True), (index.path, False), (world.other_index.path, False)):
+        assert main([*given, "--index", str(own), "--out", str(tmp_path / own.parent.name / own.name)]) == 0
+        assert (f"index add-images {own} --features {features}" in capsys.readouterr().err) == told
