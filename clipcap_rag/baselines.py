@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from clipcap_rag.caption_votes import Votes
 from clipcap_rag.errors import InputError
 from clipcap_rag.evaluated import Photos
 from clipcap_rag.neighbor_conditions import Condition
@@ -20,12 +19,16 @@ def nearest_captions(neighbors: Neighbors) -> list[str]:
 
 
 def consensus_captions(neighbors: Neighbors) -> list[str]:
-    """Of each photo's neighbours the one that agrees most with all of them (Devlin et al. 2015, arXiv 1505.04467)."""
+    """Of the captions that vote on each photo the one that agrees most with all votes.
+
+    With equal votes this is the consensus of Devlin et al. 2015 (arXiv 1505.04467).
+    """
     weights = ngram_weights(neighbors.indexes)
     chosen = []
-    for captions in neighbors.captions:
-        common = weights.total(Votes(captions, np.full(len(captions), 1 / max(1, len(captions)))))
-        chosen.append(max(captions, key=lambda caption, common=common: weights.agreement(caption, common), default=""))
+    for votes in neighbors.votes():
+        common = weights.total(votes)
+        agreements = [weights.agreement(caption, common) for caption in votes.captions]
+        chosen.append(votes.captions[int(np.argmax(agreements))] if agreements else "")
     return chosen
 
 

@@ -10,7 +10,7 @@ from clipcap_rag.neighbor_conditions import of_rows
 
 def test_the_consensus_is_what_most_neighbours_say(world):
     odd = world.other_index.captions([0])[0]
-    neighbors = of_rows(world.index, np.array([[0, 1, 2], [4, 5, -1], [-1, -1, -1]]), np.eye(3, 24, dtype=np.float32))
+    neighbors = of_rows(world.index, np.array([[0, 1, 2], [4, -1, -1], [-1, -1, -1]]), np.eye(3, 24, dtype=np.float32))
     texts = [odd, "two dogs run on the beach", "two brown dogs run on the beach"]
     neighbors.captions[0][:] = texts
     neighbors.captions[1][:] = texts[:1]
