@@ -55,7 +55,7 @@ class DecodingStudy:
                 yield f"{size} by {scorer}", self._cut(size, scorer)
 
     def _sample_settings(self, size: int) -> GenerationConfig:
-        return dataclasses.replace(self._generation, decoding="sample", candidates=size)
+        return dataclasses.replace(self._generation, decoding="sample", candidates=size, num_beams=1)
 
     def _cut(self, size: int, scorer: str) -> Predictions:
         def write(part: slice) -> list[dict[str, Any]]:

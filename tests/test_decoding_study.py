@@ -40,7 +40,7 @@ def test_all_decodings_are_there_with_their_times(study):
 def test_a_cut_set_is_what_so_few_samples_give(study, world, tmp_path):
     out, rows, generation = study
     for size in SIZES:
-        settings = generation.replaced(candidates=size)
+        settings = generation.replaced(candidates=size, num_beams=1)
         config = EvaluationConfig(decodings="sample", images=0)
         found = evaluate(world.run, [world.features.path], tmp_path / str(size), generation=settings, config=config)
         row = next(row for row in found["rows"] if row["decoding"] == "sample" and row["neighbors"] != "none")
