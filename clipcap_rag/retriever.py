@@ -10,16 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clipcap_rag.artifact import read_json, save_array, write_json
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import PHOTOS_PER_NEIGHBOR, Votes, photo_weights
 from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.deny_list import DenyList
 from clipcap_rag.errors import InputError
-from clipcap_rag.features import FeatureSet
 from clipcap_rag.index_filter import matching, parse_where
 from clipcap_rag.neighbors import Neighbors
-from clipcap_rag.progress import bar, say
 from clipcap_rag.sources import normalize_caption
 
 _PER_PHOTO = 6  # captions that are looked up for each photo that is to vote
@@ -140,7 +137,11 @@ class Retriever:
         """
         if not (k and self._photos_vote):
             return None
-        asked = [number for number, index in enumerate(self.indexes) if index.files.images is not None]
+        asked = [
+            number
+            for number, index in enumerate(self.indexes)
+            if index.files.images is not None and self.weights[number] > 0
+        ]
         if not asked:
             return None
         count = PHOTOS_PER_NEIGHBOR * k
@@ -236,35 +237,3 @@ class Retriever:
             if not own and text not in exclusion.texts and text not in seen and not self._denied.refuses(text):
                 seen.add(text)
                 yield _Hit(float(score), number, int(row), caption, text, route)
-
-
-def stored_neighbors(features: FeatureSet, index: CaptionIndex, k: int) -> np.ndarray:
-    """Rows [N, k] int64 of each photo's nearest captions, its own excluded; -1 where there are fewer.
-
-    They are computed once and kept beside the features, stamped with the index's revision.
-    """
-    file = features.path / f"neighbors-{index.name}.npy"
-    stamp = file.with_suffix(".json")
-    made_from = {"index": str(index.path.resolve()), "revision": index.revision, "rows": len(index), "neighbors": k}
-    if stamp.is_file() and file.is_file() and read_json(stamp, "neighbour stamp") == made_from:
-        return np.load(file, mmap_mode="r")
-    rows = nearest_rows(features, index, k)
-    try:
-        stamp.unlink(missing_ok=True)
-        save_array(file, rows)
-        write_json(stamp, made_from)
-    except OSError as error:
-        say(f"neighbours of {features.path} are not kept for the next run ({error.strerror})")
-    return rows
-
-
-def nearest_rows(features: FeatureSet, index: CaptionIndex, k: int) -> np.ndarray:
-    """Rows [N, k] int64 of each photo's nearest captions, its own excluded; -1 where there are fewer."""
-    retriever, parts = Retriever([index]), []
-    exclusions = [Exclusion.of(*photo) for photo in zip(features.image_ids, features.captions, strict=True)]
-    with bar(f"neighbours in {index.name}", total=len(features), unit="photo") as progress:
-        for start in range(0, len(features), 256):
-            part = slice(start, start + 256)
-            parts.append(retriever.search(features.unit_embeddings(part), k, exclusions[part]).rows)
-            progress.update(len(parts[-1]))
-    return np.concatenate(parts)

@@ -13,7 +13,7 @@ from clipcap_rag.caption_photos import caption_photos
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
-from clipcap_rag.retriever import nearest_rows, stored_neighbors
+from clipcap_rag.photo_neighbors import nearest_rows, stored_neighbors
 from clipcap_rag.self_critical import CaptionReward
 from clipcap_rag.word_bonus import words_of
 

@@ -7,7 +7,7 @@ import torch
 from clipcap_rag.batches import CaptionBatches
 from clipcap_rag.config import ModelConfig, TrainConfig
 from clipcap_rag.model import IGNORED, load_tokenizer
-from clipcap_rag.retriever import stored_neighbors
+from clipcap_rag.photo_neighbors import stored_neighbors
 from clipcap_rag.sources import normalize_caption
 
 

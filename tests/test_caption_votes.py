@@ -100,6 +100,7 @@ def test_who_may_vote_is_a_matter_of_settings(world, index, tmp_path):
     assert all(len(votes.captions) <= 3 for votes in votes_of(world, [index], most=[3]))
     full, half = (votes_of(world, [index], k=1, weights=[weight])[0].weights.sum() for weight in (1.0, 0.1))
     assert 0 < half < 0.5 * full
+    assert votes_of(world, [index], weights=[0.0]) is None
 
 
 def test_words_of_photos_that_look_alike_are_raised_and_agreed_with(world, index, tiny_lm):

@@ -87,6 +87,7 @@ LAYERS = {
     "vote_sums": 0.3,
     "neighbors": 2.5,
     "retriever": 3,
+    "photo_neighbors": 3.1,
     "generation": 3,
     "rerank": 3.5,
     "checkpoint": 3,

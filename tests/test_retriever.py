@@ -13,7 +13,8 @@ from clipcap_rag.config import IndexConfig, RetrievalConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.image_table import write_images
 from clipcap_rag.index_store import SegmentWriter, caption_batch, write_index_manifest
-from clipcap_rag.retriever import Exclusion, Retriever, stored_neighbors
+from clipcap_rag.photo_neighbors import stored_neighbors
+from clipcap_rag.retriever import Exclusion, Retriever
 from clipcap_rag.search_structure import build_search_structure
 from clipcap_rag.sources import normalize_caption
 
