@@ -38,7 +38,7 @@ class DecodingStudy:
         files: PredictionFiles,
         sizes: Sequence[int],
     ):
-        """sizes: numbers of samples, the greedy caption counted among them, as `GenerationConfig.candidates` does."""
+        """sizes: numbers of samples, the greedy caption counted among them: `candidates` with one beam."""
         self._subject, self._photos, self._condition, self._files = subject, photos, condition, files
         self._generation, self._sizes = generation, sorted(set(sizes))
         self._sampling = self._sample_settings(self._sizes[-1])
