@@ -144,7 +144,7 @@ def _caption(
             neighbors = retriever.search(vectors[part], k, exclusions[part])
             images = Embeddings(vectors[part], norms[part])
             candidates += captioner.write(images, neighbors, photos.digests[part], generation, ranker)
-            scores += [found[mask] for found, mask in zip(neighbors.scores, neighbors.mask, strict=True)]
+            scores += neighbors.present_scores()
             progress.update(len(images.vectors))
     rows = [row for row, found in enumerate(candidates) if found and found[0].caption]
     if len(rows) < len(photos):

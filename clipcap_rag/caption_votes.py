@@ -57,6 +57,8 @@ def near_weights(scores: np.ndarray) -> np.ndarray:
 
     Such a word stands in few captions and has no other evidence than how near they are.
     """
+    if not len(scores):
+        return scores
     weights = np.exp((scores - scores.max()) / max(_SPREAD, scores.std()))
     return weights / weights.sum()
 

@@ -63,7 +63,7 @@ class Studies:
                 say(f"{name} holds {own} captions of the evaluated photos; they are not retrieved")
         return {name: self._search(name, self._k, self._own) for name in self._retrievers}
 
-    @property
+    @cached_property
     def _own(self) -> list[Exclusion]:
         return [Exclusion(image_id, frozenset()) for image_id in self._photos.image_ids]
 

@@ -124,7 +124,7 @@ def add_images_flags(parser: ArgumentParser) -> None:
 
 
 def add_images(given: Namespace) -> int:
-    """Store the embeddings of the photos that captions describe, for --route image and both."""
+    """Store the embeddings of the photos that captions describe, for --route auto, image and both."""
     from clipcap_rag.index_images import add_images as add
 
     edit = add(given.index, given.features, wait=given.wait)

@@ -61,11 +61,14 @@ class Neighbors:
         """[B, K] bool, True where a neighbour is present."""
         return self.rows >= 0
 
+    def present_scores(self) -> list[np.ndarray]:
+        """Per image, the cosines of the neighbours that are present, as `captions` has their captions."""
+        return [own[mask] for own, mask in zip(self.scores, self.mask, strict=True)]
+
     def votes(self) -> list[Votes]:
         """What all captions that were found say about each image."""
-        scores = (own[mask] for own, mask in zip(self.scores, self.mask, strict=True))
         photos = self.photo_votes or [Votes()] * len(self.rows)
-        return [joint_votes(*found) for found in zip(self.captions, scores, photos, strict=True)]
+        return [joint_votes(*found) for found in zip(self.captions, self.present_scores(), photos, strict=True)]
 
     def part(self, images: slice) -> "Neighbors":
         """The neighbours of some of the images."""

@@ -29,8 +29,7 @@ def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: Generati
         context = context_tokens(tokenizer, neighbors.captions, checkpoint.text_neighbors, room)
         return {"context": context.to(device)}
     if mode == "bias":
-        scores = [own[mask] for own, mask in zip(neighbors.scores, neighbors.mask, strict=True)]
-        found = (neighbors.captions, scores, neighbors.indexes)
+        found = (neighbors.captions, neighbors.present_scores(), neighbors.indexes)
         settings = (checkpoint.words, generation.bias_strength, generation.new_word_share)
         return {"bonus": neighbor_bonus(tokenizer, *found, *settings, neighbors.photo_votes).to(device)}
     return {}

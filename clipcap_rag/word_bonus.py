@@ -24,8 +24,6 @@ _GRAMS = {2: 1.5, 3: 2.0}  # likewise for two and for three tokens in a row
 _LEAST = 0.1  # nats; less is not worth the time
 _REMEMBERED = 50_000  # captions whose words are kept, since those of an index vote again and again
 
-NO_VOTES = Votes()
-
 Gram = tuple[int, ...]
 
 
@@ -50,43 +48,40 @@ def _gain(share: float, usual: float) -> float:
 
 
 def word_nats(
-    captions: Sequence[str],
-    scores: np.ndarray,
+    votes: Votes,
+    near: Votes,
     indexes: Sequence[CaptionIndex],
     trained: frozenset[str] = frozenset(),
     new_word_share: float = 0.2,
-    photos: Votes = NO_VOTES,
 ) -> dict[str, float]:
     """The bonus in nats of the words of one photo's neighbours, at strength 1.
 
-    With s the share of the votes (`joint_votes`) for a word and p the share of the indexes' captions that have it, a
+    With s the share of the votes for a word and p the share of the indexes' captions that have it, a
     word gets 0.75 s log(s / p), a part of the Kullback-Leibler divergence; words as frequent everywhere, such as "a"
     and "the", get next to nothing. A word that the captioner was never trained on gets more, since training has only
-    ever made it less likely: log(s / p) once s (of the neighbours, by `near_weights`) is `new_word_share`, and less
-    before.
+    ever made it less likely: log(s / p) once s (of `near`) is `new_word_share`, and less before.
 
     Args:
-        captions, scores: the neighbours' captions and cosines.
+        votes: of all captions that were found (`joint_votes`).
+        near: of the neighbours alone, by how near they are (`near_weights`).
         trained: the words of the captioner's training captions, case folded; empty if they are not known, which counts
             as all of them.
-        photos: the votes of the captions of photos like it.
     """
-    votes, near, forms = joint_votes(captions, scores, photos), defaultdict(float), {}
+    nearness, forms = defaultdict(float), {}
     for caption in votes.captions:
         forms |= words_of(caption)
-    if captions:
-        for caption, weight in zip(captions, near_weights(scores).tolist(), strict=True):
-            for word in words_of(caption):
-                near[word] += weight
+    for caption, weight in near:
+        for word in words_of(caption):
+            nearness[word] += weight
     counted, unsaid = [word_counts(index, index.revision) for index in indexes], 1.0 - votes.weights.sum()
     total, nats = _SAMPLE * len(counted) + 2, {}
     shares = _shares(_word_sums(), votes, 1 / total)
-    for word, share in (dict.fromkeys(near, 0.0) | shares).items():
+    for word, share in (dict.fromkeys(nearness, 0.0) | shares).items():
         usual = (sum(counts[word] for counts in counted) + 1) / total
         if not trained or word in trained:
             value = _KNOWN * _gain(share + unsaid * usual, usual)
         else:
-            value = min(1.0, near[word] / new_word_share) * math.log(max(1.0, near[word] / usual))
+            value = min(1.0, nearness[word] / new_word_share) * math.log(max(1.0, nearness[word] / usual))
         if value > 0:
             nats[forms[word]] = float(value)
     return nats
@@ -155,12 +150,18 @@ def neighbor_bonus(
     new_word_share: float = 0.2,
     photos: Sequence[Votes] | None = None,
 ) -> TokenBonus:
-    """The bonus that B photos get from the captions and cosines of their neighbours; other arguments as above."""
-    photos = photos or [NO_VOTES] * len(captions)
+    """The bonus that B photos get; other arguments as above.
+
+    Args:
+        captions, scores: of each photo's neighbours.
+        photos: per photo, the votes of the captions of photos like it.
+    """
+    photos = photos or [Votes()] * len(captions)
     rows = []
     for listed, own, seen in zip(captions, scores, photos, strict=True):
-        row = gram_nats(joint_votes(listed, own, seen), indexes, tokenizer)
-        words = word_nats(listed, own, indexes, trained, new_word_share, seen)
+        votes, near = joint_votes(listed, own, seen), Votes(listed, near_weights(own))
+        row = gram_nats(votes, indexes, tokenizer)
+        words = word_nats(votes, near, indexes, trained, new_word_share)
         for gram, value in _spelled(tokenizer, words).items():
             row[gram] = max(row.get(gram, 0.0), value)
         rows.append({gram: strength * value for gram, value in row.items()})

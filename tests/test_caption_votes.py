@@ -107,7 +107,7 @@ def test_words_of_photos_that_look_alike_are_raised_and_agreed_with(world, index
     tokenizer = load_tokenizer(tiny_lm)
     captions, scores = ["a dog in the snow"] * 8, np.full(8, 0.5)
     photos = Votes(["a zeppelin in the snow", "a cat"], np.array([0.8, -0.1]))
-    plain, seen = (word_nats(captions, scores, [index], photos=votes) for votes in (Votes(), photos))
+    plain, seen = (word_nats(joint_votes(captions, scores, votes), Votes(), [index]) for votes in (Votes(), photos))
     assert "zeppelin" not in plain and seen["zeppelin"] > 1 and "cat" not in seen
     bonus = neighbor_bonus(tokenizer, [captions], [scores], [index], photos=[photos])
     first = tokenizer.encode(" zeppelin", add_special_tokens=False)[0]

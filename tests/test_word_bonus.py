@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.caption_votes import Votes, match_weights
+from clipcap_rag.caption_votes import Votes, joint_votes, match_weights, near_weights
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.config import GenerationConfig
 from clipcap_rag.errors import InputError
@@ -27,6 +27,12 @@ def index(world, tiny_captions, tmp_path_factory):
     return build_caption_index([file], world.clip, folder / "index", device="cpu", dtype="float32")
 
 
+def nats_of(captions, scores, *rest, **settings):
+    """The nats of the words of neighbours where no photos vote."""
+    near = Votes(captions, near_weights(scores))
+    return word_nats(joint_votes(captions, scores, Votes()), near, *rest, **settings)
+
+
 def test_words_keep_their_writing_but_not_the_capital_of_a_sentence():
     assert words_of("A dog chases Anna's ball, the dog-like one.") == {
         word.casefold(): word for word in ("a", "dog", "chases", "Anna's", "ball", "the", "dog-like", "one")
@@ -36,25 +42,25 @@ def test_words_keep_their_writing_but_not_the_capital_of_a_sentence():
 
 def test_rare_words_gain_and_usual_ones_do_not(index):
     captions = 20 * ["a zeppelin by the sea", "a zeppelin in the snow", "a brown dog in the snow"]
-    nats = word_nats(captions, np.full(60, 0.5), [index])
+    nats = nats_of(captions, np.full(60, 0.5), [index])
     assert nats["zeppelin"] == max(nats.values()) > 0.9
     assert max(nats.get("a", 0.0), nats.get("by", 0.0)) < 0.15 * nats["zeppelin"]
-    assert word_nats([], np.array([]), [index]) == {}
+    assert nats_of([], np.array([]), [index]) == {}
 
 
 def test_few_neighbors_raise_less_than_many_that_say_the_same(index):
     captions = ["a zeppelin by the sea", "a zeppelin in the snow"]
-    one, some, many = (word_nats(captions * n, np.full(2 * n, 0.5), [index])["zeppelin"] for n in (1, 4, 50))
+    one, some, many = (nats_of(captions * n, np.full(2 * n, 0.5), [index])["zeppelin"] for n in (1, 4, 50))
     assert 3 * one < some < many / 2
 
 
 def test_words_that_were_never_trained_on_gain_most(index):
     captions = ["a zeppelin by the sea", *["a brown dog in the snow"] * 3]
     known, new = (
-        word_nats(captions, np.full(4, 0.5), [index], frozenset(trained))
+        nats_of(captions, np.full(4, 0.5), [index], frozenset(trained))
         for trained in ({"a", "zeppelin", "brown", "dog", "sea", "snow", "the", "in", "by"}, {"dog"})
     )
-    assert known == word_nats(captions, np.full(4, 0.5), [index])  # when nobody knows
+    assert known == nats_of(captions, np.full(4, 0.5), [index])  # when nobody knows
     assert new["dog"] == known["dog"] and new["zeppelin"] > 3 * known["zeppelin"]
 
 
@@ -62,7 +68,7 @@ def test_words_that_were_never_trained_on_gain_most(index):
 def test_one_strong_match_counts_for_several(index, trained):
     captions = ["a zeppelin by the sea", "a brown dog in the snow", "a cat in the snow"]
     weak, strong = (
-        word_nats(captions, np.array([score, 0.3, 0.3]), [index], trained, new_word_share=1.0)["zeppelin"]
+        nats_of(captions, np.array([score, 0.3, 0.3]), [index], trained, new_word_share=1.0)["zeppelin"]
         for score in (0.3, 0.6)
     )
     assert strong > 2 * weak > 0
@@ -172,7 +178,7 @@ def test_words_added_to_an_index_are_counted(index, tmp_path):
     live = CaptionIndex.open(tmp_path / "index")
 
     def nats():
-        return word_nats(["a zeppelin"] * 100, np.full(100, 0.4), [live])["zeppelin"]
+        return nats_of(["a zeppelin"] * 100, np.full(100, 0.4), [live])["zeppelin"]
 
     before = nats()
     add_captions(live.path, [f"a zeppelin over town number {number}" for number in range(20)])
