@@ -10,14 +10,14 @@ from clipcap_rag.abstention import Abstention, Logistic, circumstances, signals
 from clipcap_rag.artifact import new_directory, refuse_existing
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.encoder import Embeddings, check_same_encoder
+from clipcap_rag.encoder import check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.metrics import cider_scores, require_metrics
 from clipcap_rag.progress import bar, say
 from clipcap_rag.ranker import Ranker
 from clipcap_rag.rerank import Candidate
-from clipcap_rag.retriever import Exclusion
+from clipcap_rag.retrievable import Exclusion
 from clipcap_rag.risk_coverage import areas, draw, points, reliability
 
 _PHOTOS = 64  # captioned between two updates of the progress bar
@@ -133,16 +133,14 @@ def _caption(
 ) -> tuple[_Captioned, int]:
     """Captions all photos; those for which no words were written are told and left out. Also gives K."""
     retriever, k = captioner.retriever(index, num_neighbors)
-    raw = np.asarray(photos.embeddings, np.float32)
-    norms = np.linalg.norm(raw, axis=1)
-    vectors, ranker = raw / norms[:, None], Ranker(captioner.encoder)
+    encoded, ranker = photos.encoded(), Ranker(captioner.encoder)
     exclusions = [Exclusion(image_id, frozenset()) for image_id in photos.image_ids]
     candidates, scores = [], []
     with bar("captions", total=len(photos), unit="photo") as progress:
         for start in range(0, len(photos), _PHOTOS):
             part = slice(start, start + _PHOTOS)
-            neighbors = retriever.search(vectors[part], k, exclusions[part])
-            images = Embeddings(vectors[part], norms[part])
+            images = encoded.part(part)
+            neighbors = retriever.search(images.vectors, k, exclusions[part], images.trunk)
             candidates += captioner.write(images, neighbors, photos.digests[part], generation, ranker)
             scores += neighbors.present_scores()
             progress.update(len(images.vectors))
@@ -151,4 +149,4 @@ def _caption(
         say(f"{len(photos) - len(rows)} photos got no words and are left out")
     captions = [candidates[row][0].caption for row in rows]
     cider = cider_scores([photos.captions[row] for row in rows], captions) if rows else np.empty(0)
-    return _Captioned(vectors[rows], [candidates[row] for row in rows], [scores[row] for row in rows], cider), k
+    return _Captioned(encoded.vectors[rows], [candidates[row] for row in rows], [scores[row] for row in rows], cider), k

@@ -157,7 +157,7 @@ class CaptionIndex:
         """
         queries = self._checked(queries, k)
         effort = self._effort | self._effort_of(nprobe, ef_search)
-        allowed = self.files.live if among is None else self.files.live & among
+        allowed = self._may_be_found(among)
         found = min(k, int(allowed.sum()))
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         if found and len(queries):
@@ -175,21 +175,33 @@ class CaptionIndex:
         Raises:
             InputError: as `search`, or the index holds no photos.
         """
-        queries = self._checked(queries, k)
+        return self._photo_route.search(self._checked(queries, k), k, self._may_be_found(among))
+
+    def nearest_photos(
+        self, queries: np.ndarray, k: int, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and places [B, min(k, P)] of the photos whose cosine with each query is largest, exact.
+
+        Places are those in `files.images`. Arguments and errors are those of `search_images`.
+        """
+        return self._photo_route.nearest(self._checked(queries, k), k, self._may_be_found(among))
+
+    def rows_of_photos(self, photos: Sequence[int], among: np.ndarray | None = None) -> list[np.ndarray]:
+        """For each photo, by its place, the rows [n] of its captions."""
+        allowed = self._may_be_found(among)
+        return [self._photo_route.rows(photo, allowed) for photo in photos]
+
+    def _may_be_found(self, among: np.ndarray | None) -> np.ndarray:
+        return self.files.live if among is None else self.files.live & among
+
+    @property
+    def _photo_route(self) -> ImageRoute:
         if self.files.images is None:
             raise InputError(
                 f"the index {self.path} holds no image embeddings; give it some with index add-images, "
                 "or use --route text"
             )
-        return self._image_route.search(queries, k, self.files.live if among is None else self.files.live & among)
-
-    def photos(self, rows: np.ndarray) -> np.ndarray:
-        """Where the photo of each row [n] stands among the index's photos, int64; -1 where it has none."""
-        return self._image_route.photos(rows)
-
-    def photo_embeddings(self, photos: np.ndarray) -> np.ndarray:
-        """Embeddings [n, D] float32 of unit length of photos as `photos` numbers them."""
-        return self.files.images.vectors[photos].astype(np.float32)
+        return self._image_route
 
     @cached_property
     def _image_route(self) -> ImageRoute:

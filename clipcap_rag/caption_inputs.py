@@ -1,5 +1,6 @@
 """What is captioned besides photos: embeddings that were stored before, and texts, as batches like those of photos."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from clipcap_rag.encoder import Embeddings, EncodedImages, Encoder, check_same_encoder
+from clipcap_rag.embeddings import Embeddings, EncodedImages
+from clipcap_rag.encoder import Encoder, check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 
@@ -24,12 +26,14 @@ class StoredEmbeddings:
         names: what the results are called.
         digests: per photo the hash of its content, which seeds its samples; None takes that of the embedding.
         encoder: the record of the CLIP model that made them; None where it is not known.
+        trunk: [N, T] features of the image tower's trunk; None where there are none.
     """
 
     vectors: np.ndarray
     names: list[str]
     digests: list[bytes] | None = None
     encoder: dict[str, Any] | None = None
+    trunk: np.ndarray | None = None
 
     @classmethod
     def of(cls, vectors: Any) -> Self:
@@ -49,7 +53,7 @@ class StoredEmbeddings:
         path = Path(path)
         if path.is_dir():
             features = FeatureSet.open(path)
-            return cls(features.embeddings, features.image_ids, features.digests, features.encoder)
+            return cls(features.embeddings, features.image_ids, features.digests, features.encoder, features.trunk)
         try:
             return cls.of(np.load(path, mmap_mode="r", allow_pickle=False))
         except OSError as error:
@@ -67,7 +71,8 @@ class StoredEmbeddings:
     def part(self, rows: Sequence[int]) -> Self:
         """Some of them."""
         digests = [self.digests[row] for row in rows] if self.digests else None
-        return type(self)(self.vectors[list(rows)], [self.names[row] for row in rows], digests, self.encoder)
+        trunk = None if self.trunk is None else self.trunk[list(rows)]
+        return type(self)(self.vectors[list(rows)], [self.names[row] for row in rows], digests, self.encoder, trunk)
 
     def check(self, encoder: dict[str, Any]) -> None:
         """Raises InputError unless they are usable vectors of the CLIP model with this record."""
@@ -85,9 +90,10 @@ class StoredEmbeddings:
         """All of them in order, `size` at a time."""
         for start in range(0, len(self), size):
             raw = np.asarray(self.vectors[start : start + size], np.float32)
-            norms = np.linalg.norm(raw, axis=1)
+            trunk = None if self.trunk is None else np.asarray(self.trunk[start : start + size], np.float32)
+            embeddings = dataclasses.replace(Embeddings.of(raw), trunk=trunk)
             digests = self.digests[start : start + size] if self.digests else [row.tobytes() for row in raw]
-            yield EncodedImages(Embeddings(raw / norms[:, None], norms), [None] * len(raw), digests)
+            yield EncodedImages(embeddings, [None] * len(raw), digests)
 
 
 def checked_texts(texts: str | Sequence[str]) -> list[str]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PHOTOS_PER_NEIGHBOR = 2  # photos whose captions vote, for each neighbour caption that is retrieved
 _NOISE = 1.0  # variance of what a photo's captions say beside what its looks tell, in units of the kernel
-_BESIDE_PHOTOS = 0.2  # what captions that match by their own words count for where captions of photos vote too
+_TRUNK_SHARPNESS, _TRUNK_NOISE = 3.0, 0.5  # the same for features of the trunk: kernel exp(3 cosine - 3)
+_LEAST_SPREAD = 1e-3  # of a feature, in units of the mean of all
+_BESIDE_PHOTOS = 0.1  # what captions that match by their own words count for where captions of photos vote too
 _USUAL = 16  # captions that say what is usual and count beside those that match, so that few raise little
 _OUTLIER = 5.0  # standard deviations by which a match stands out; of 100 neighbours the best does for 2 % of photos
 _MOST = 4.0  # nats that a match may weigh more than another
@@ -81,10 +82,30 @@ def photo_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> n
     return np.linalg.solve(kernel, np.exp(2.0 * (photos @ query - 1.0)))
 
 
+def trunk_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> np.ndarray:
+    """`photo_weights` by features of the image tower's trunk, each of them standardised over the photos.
+
+    Features that all these photos share so count for nothing, and no other photos are needed to know which these are.
+
+    Args:
+        query: [T].
+        photos: [P, T]; standardising wants a hundred or more.
+        trust: [P], above 0; a photo of more has less noise.
+    """
+    spread = photos.std(axis=0)
+    scale = 1.0 / (spread + _LEAST_SPREAD * spread.mean())
+    centre = photos.mean(axis=0)
+    near, own = (photos - centre) * scale, (query - centre) * scale
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    kernel = np.exp(_TRUNK_SHARPNESS * (near @ near.T - 1.0)).astype(np.float64)
+    kernel[np.diag_indices(len(photos))] += _TRUNK_NOISE / trust
+    return np.linalg.solve(kernel, np.exp(_TRUNK_SHARPNESS * (near @ (own / np.linalg.norm(own)) - 1.0)))
+
+
 def joint_votes(captions: Sequence[str], scores: np.ndarray, photos: Votes) -> Votes:
     """The votes of K captions that match a photo, by their cosines [K], and those of captions of photos like it.
 
-    Where both are there, the first count for a fifth, or for more if one stands out.
+    Where both are there, the first count for a tenth, or for more if one stands out.
     """
     if not captions:
         return photos

@@ -14,7 +14,7 @@ from clipcap_rag.caption_result import CaptionResult
 from clipcap_rag.checkpoint import Checkpoint, checkpoint_folder, read_checkpoint
 from clipcap_rag.clipcap_weights import clipcap_checkpoint
 from clipcap_rag.config import GenerationConfig, RetrievalConfig
-from clipcap_rag.encoder import Embeddings, EncodedImages
+from clipcap_rag.embeddings import EncodedImages
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import image_name
 from clipcap_rag.index_choice import IndexChoice, OpenIndexes
@@ -139,12 +139,12 @@ class Captioner(Writer):
         retriever, k = self.retriever(index, num_neighbors, retrieval)
         if abstention is not None:
             abstention.check(self.checkpoint, generation, k)
-        names, batches = self._inputs(images, embeddings, texts, batch_size, workers)
+        names, batches = self._inputs(images, embeddings, texts, batch_size, workers, trunk=retriever.wants_trunk)
         ranker, start = Ranker(self.encoder), 0
         for batch in batches:
             good = [place for place, error in enumerate(batch.errors) if error is None]
-            kept = Embeddings(batch.embeddings.vectors[good], batch.embeddings.norms[good])
-            neighbors = retriever.search(kept.vectors, k)
+            kept = batch.embeddings.part(good)
+            neighbors = retriever.search(kept.vectors, k, trunk=kept.trunk)
             digests = [batch.digests[place] for place in good]
             ranked = self.write(kept, neighbors, digests, generation, ranker)
             listed = neighbors.first(LISTED).listed()
@@ -172,7 +172,7 @@ class Captioner(Writer):
             start += len(batch.errors)
 
     def _inputs(
-        self, images: Any, embeddings: Any, texts: Sequence[str] | None, batch_size: int, workers: int
+        self, images: Any, embeddings: Any, texts: Sequence[str] | None, batch_size: int, workers: int, trunk: bool
     ) -> tuple[list[str], Iterator[EncodedImages]]:
         """The names of what is captioned, and its embeddings batch by batch."""
         if sum(given is not None for given in (images, embeddings, texts)) != 1:
@@ -180,7 +180,7 @@ class Captioner(Writer):
         if images is not None:
             images = [images] if _is_one(images) else list(images)
             names = [image_name(image, position) for position, image in enumerate(images)]
-            return names, self.encoder.iter_images(images, batch_size, workers)
+            return names, self.encoder.iter_images(images, batch_size, workers, trunk)
         if embeddings is not None:
             stored = embeddings if isinstance(embeddings, StoredEmbeddings) else StoredEmbeddings.of(embeddings)
             stored.check(self.checkpoint.encoder)

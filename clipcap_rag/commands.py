@@ -44,6 +44,11 @@ def _extract_flags(parser: ArgumentParser) -> None:
     add_captions(parser)
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of the photos that the captions name")
     parser.add_argument("--clip", required=True, help=CLIP_HELP)
+    text = (
+        "also store what the image tower sees before its projection, in seven views of each photo: an index that is "
+        "given such photos finds those that look alike better; takes seven times as long"
+    )
+    parser.add_argument("--trunk", action="store_true", help=text)
     add_out(parser)
     add_compute(parser, batch_size=32, workers=2)
 
@@ -62,6 +67,7 @@ def extract(given: Namespace) -> int:
         dtype=given.dtype,
         batch_size=given.batch_size,
         workers=given.workers,
+        trunk=given.trunk,
         skip_bad=given.skip_bad,
         overwrite=given.overwrite,
     )

@@ -103,7 +103,7 @@ class GenerationConfig(Config):
     )
     top_p: float = option(0.9, "nucleus: sample from the likeliest tokens that together have this probability")
     temperature: float = option(0.7, "softmax temperature of sampling; smaller is safer, larger more varied")
-    num_beams: int = option(5, "beams of beam search, ordered by mean log-probability; 1 is greedy")
+    num_beams: int = option(5, "beams of beam search, ordered by mean log-probability and agreement; 1 is greedy")
     max_new_tokens: int = option(0, "longest caption, in language-model tokens; 0 is 40, with clipcap 67")
     log_probability_weight: float = option(
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"

@@ -1,8 +1,9 @@
 """Images and texts -> CLIP embeddings of unit length, with what identifies the encoder."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import numpy as np
 import torch
 
 from clipcap_rag.clip_models import open_model, parse_clip, stored_clip
+from clipcap_rag.embeddings import Embeddings, EncodedImages
 from clipcap_rag.encoder_record import PROBE_SENTENCES, check_same_encoder, encoder_record, probe_image, probe_sentences
 from clipcap_rag.errors import InputError
 from clipcap_rag.hardware import pick_device, pick_dtype
 from clipcap_rag.image_loader import Preprocess, load_images
+from clipcap_rag.image_tower import ImageTower, Views
 from clipcap_rag.images import ImageLike, image_name
 from clipcap_rag.text_tower import TextTower
 
 __all__ = [
-    "EncodedImages",
-    "Embeddings",
     "Encoder",
     "check_encoder",
     "check_same_encoder",
@@ -29,43 +30,6 @@ __all__ = [
 
 # Tokens whose time one more batch costs (ViT-B-32 on two cores); in bfloat16 each new shape has to be prepared.
 _BATCH_COST, _BATCH_COST_HALF = 400, 1200
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """CLIP embeddings of N inputs.
-
-    Attributes:
-        vectors: [N, D] float32, of length 1, or 0 for an image that could not be read.
-        norms: [N] float32, the lengths that the tower gave.
-    """
-
-    vectors: np.ndarray
-    norms: np.ndarray
-
-    @property
-    def raw(self) -> np.ndarray:
-        """[N, D] float32 as the tower gave them; ClipCap's published MLP weights want these."""
-        return self.vectors * self.norms[:, None]
-
-    def part(self, rows: slice) -> "Embeddings":
-        """Those of some of the inputs."""
-        return Embeddings(self.vectors[rows], self.norms[rows])
-
-
-@dataclass(frozen=True)
-class EncodedImages:
-    """Embeddings of images.
-
-    Attributes:
-        embeddings: one per image; zero where there is an error.
-        errors: per image None, or a sentence that says why it could not be encoded.
-        digests: per image the hash of its content (`images.image_digest`), empty where it could not be read.
-    """
-
-    embeddings: Embeddings
-    errors: list[str | None]
-    digests: list[bytes]
 
 
 class Encoder:
@@ -103,7 +67,7 @@ class Encoder:
         # convolutions on a CPU are nearly twice as fast when the channels of a pixel lie side by side
         model.visual = tower.to(device=device, dtype=self._pixel_dtype, memory_format=torch.channels_last)
         self.model = model.eval().requires_grad_(False)
-        self._text_tower = TextTower(self.model)
+        self._text_tower, self._image_tower = TextTower(self.model), ImageTower(self.model.visual)
         self._records: dict[tuple[str, ...], dict[str, Any]] = {}
 
     @classmethod
@@ -143,7 +107,7 @@ class Encoder:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         raw = np.zeros((len(texts), self.dim), np.float32)
         if not len(texts):
-            return _normalized(raw)
+            return Embeddings.of(raw)
         tokens = torch.cat([self.tokenizer(list(texts[start : start + batch_size])).int()
                             for start in range(0, len(texts), batch_size)])  # fmt: skip
         lengths = self._text_tower.lengths(tokens)
@@ -155,7 +119,7 @@ class Encoder:
                 raw[rows.numpy()] = self._text_tower(batch).float().cpu().numpy()
             if on_progress:
                 on_progress(len(rows))
-        embeddings = _normalized(raw)
+        embeddings = Embeddings.of(raw)
         faulty = np.flatnonzero(~_usable(embeddings))
         if len(faulty):
             raise InputError(f"{self.clip} gives no usable embedding for {texts[faulty[0]]!r}; use --dtype float32")
@@ -166,25 +130,36 @@ class Encoder:
         with torch.inference_mode(), _enough_memory(len(pixels)):
             pixels = pixels.to(self.device, self._pixel_dtype, memory_format=torch.channels_last)
             raw = self.model.encode_image(pixels, normalize=False)
-        return _normalized(raw.float().cpu().numpy())
+        return Embeddings.of(raw.float().cpu().numpy())
+
+    def encode_views(self, pixels: torch.Tensor) -> Embeddings:
+        """Embeds B photos, with trunk features, by their preprocessed views [B, V, 3, H, W] (`image_tower.Views`)."""
+        with torch.inference_mode(), _enough_memory(len(pixels)):
+            raw, trunk = self._image_tower.views(pixels.to(self.device, self._pixel_dtype))
+        return dataclasses.replace(Embeddings.of(raw.float().cpu().numpy()), trunk=trunk.cpu().numpy())
 
     def iter_images(
-        self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0
+        self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0, trunk: bool = False
     ) -> Iterator[EncodedImages]:
         """Embeds images and yields them batch by batch, in order; arguments and errors as for `encode_image`."""
-        start = 0
-        for loaded in load_images(images, self.preprocess, batch_size, workers):
+        preprocess, encode, start = self.preprocess, self.encode_pixels, 0
+        if trunk:
+            preprocess, encode = Views(preprocess), self.encode_views
+        for loaded in load_images(images, preprocess, batch_size, workers):
             errors, size = list(loaded.errors), len(loaded.errors)
             vectors, norms = np.zeros((size, self.dim), np.float32), np.zeros(size, np.float32)
+            features = np.zeros((size, self.trunk_dim), np.float32) if trunk else None
             good = [place for place, error in enumerate(errors) if error is None]
             if good:
-                encoded = self.encode_pixels(torch.from_numpy(loaded.pixels))
+                encoded = encode(torch.from_numpy(loaded.pixels))
                 vectors[good], norms[good] = encoded.vectors, encoded.norms
+                if trunk:
+                    features[good] = encoded.trunk
                 for place in np.array(good)[~_usable(encoded)]:
                     name = image_name(images[start + place], start + place)
                     errors[place] = f"{self.clip} gives no usable embedding for {name}; use --dtype float32"
                     vectors[place], norms[place] = 0, 0
-            yield EncodedImages(Embeddings(vectors, norms), errors, loaded.digests)
+            yield EncodedImages(Embeddings(vectors, norms, features), errors, loaded.digests)
             start += size
 
     def encode_image(
@@ -193,6 +168,7 @@ class Encoder:
         batch_size: int = 32,
         workers: int = 0,
         on_progress: Callable[[int], None] | None = None,
+        trunk: bool = False,
     ) -> EncodedImages:
         """Embeds N images; one that cannot be read gets an error and a zero vector, the others are encoded.
 
@@ -201,23 +177,29 @@ class Encoder:
             batch_size: images at a time.
             workers: processes that decode; 0 decodes in this one.
             on_progress: called with the number of images that were just done.
+            trunk: also gives features of the trunk, for which several views of each image are encoded.
 
         Raises:
             InputError: a worker process was killed, or the arguments are impossible.
         """
-        done = [EncodedImages(_normalized(np.zeros((0, self.dim), np.float32)), [], [])]
-        for part in self.iter_images(images, batch_size, workers):
+        nothing = np.zeros((0, self.trunk_dim), np.float32) if trunk else None
+        done = [
+            EncodedImages(Embeddings(np.zeros((0, self.dim), np.float32), np.zeros(0, np.float32), nothing), [], [])
+        ]
+        for part in self.iter_images(images, batch_size, workers, trunk):
             done.append(part)
             if on_progress:
                 on_progress(len(part.errors))
         return EncodedImages(
-            Embeddings(
-                np.concatenate([part.embeddings.vectors for part in done]),
-                np.concatenate([part.embeddings.norms for part in done]),
-            ),
+            Embeddings.joined([part.embeddings for part in done]),
             [error for part in done for error in part.errors],
             [digest for part in done for digest in part.digests],
         )
+
+    @cached_property
+    def trunk_dim(self) -> int:
+        """Width T of the features of the trunk."""
+        return self.encode_views(Views(self.preprocess)(probe_image())[None]).trunk.shape[1]
 
     def record(self) -> dict[str, Any]:
         """What an artefact stores of its encoder: `clip`, `dim` and the embeddings of fixed probes; ready for JSON."""
@@ -259,11 +241,6 @@ def _is_delicate(tower: torch.nn.Module) -> bool:
     0.9996 with all but theirs and the normalisations'. float16 does no harm (0.99999).
     """
     return any(isinstance(part, torch.nn.Conv2d) and part.groups > 1 for part in tower.modules())
-
-
-def _normalized(raw: np.ndarray) -> Embeddings:
-    norms = np.linalg.norm(raw, axis=1)
-    return Embeddings(raw / np.where(norms > 0, norms, 1)[:, None], norms)
 
 
 def _usable(embeddings: Embeddings) -> np.ndarray:

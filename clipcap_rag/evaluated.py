@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.checkpoint import MANIFEST, checkpoint_folder
-from clipcap_rag.encoder import Embeddings, check_same_encoder
+from clipcap_rag.embeddings import Embeddings
+from clipcap_rag.encoder import check_same_encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import FeatureSet
 
@@ -55,10 +54,8 @@ class Photos:
     def of(cls, features: FeatureSet, name: str, most: int = 0) -> Self:
         """The first `most` photos of a feature set; 0 takes all."""
         first = slice(0, most or None)
-        raw = np.asarray(features.embeddings[first], np.float32)
-        norms = np.linalg.norm(raw, axis=1)
         columns = (features.image_ids, features.images, features.captions, features.digests)
-        return cls(name, features, *(column[first] for column in columns), Embeddings(raw / norms[:, None], norms))
+        return cls(name, features, *(column[first] for column in columns), features.encoded(first))
 
     def __len__(self) -> int:
         return len(self.images)

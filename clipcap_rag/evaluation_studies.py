@@ -19,7 +19,8 @@ from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles, Predictions, candidates_of
 from clipcap_rag.progress import say
 from clipcap_rag.rerank import RerankWeights, reweighted
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.robustness import effects
 from clipcap_rag.scoring import score
 
@@ -68,7 +69,8 @@ class Studies:
         return [Exclusion(image_id, frozenset()) for image_id in self._photos.image_ids]
 
     def _search(self, name: str, count: int, exclusions: Sequence[Exclusion] | None) -> Neighbors:
-        return self._retrievers[name].search(self._photos.embeddings.vectors, count, exclusions)
+        images = self._photos.embeddings
+        return self._retrievers[name].search(images.vectors, count, exclusions, images.trunk)
 
     @cached_property
     def excluded_rows(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from clipcap_rag.encoder import Embeddings
+from clipcap_rag.embeddings import Embeddings
 from clipcap_rag.model import CaptionModel
 from clipcap_rag.neighbors import Neighbor, Neighbors
 from clipcap_rag.rerank import Candidate

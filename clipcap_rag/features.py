@@ -1,5 +1,6 @@
 """Feature sets: the embeddings, ids and captions of a folder of photos, encoded once and memory-mapped afterwards."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ import pyarrow as pa
 from pyarrow import feather
 
 from clipcap_rag.artifact import join_arrays, read_manifest, resumable_directory, save_array, write_json, write_manifest
+from clipcap_rag.embeddings import Embeddings
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.images import photo_finder
@@ -19,6 +21,7 @@ from clipcap_rag.progress import bar
 from clipcap_rag.sources import BadLines, CaptionRecord, SourceOptions, read_captions
 
 KIND, VERSION = "feature set", 1
+_TRUNK = "trunk.npy"
 _CHUNK = 512  # images between two points at which a killed extraction can continue
 
 
@@ -26,7 +29,8 @@ _CHUNK = 512  # images between two points at which a killed extraction can conti
 class FeatureSet:
     """N photos: their ids, file names, captions and raw embeddings [N, D] float16, and what could not be read.
 
-    `folder` is where they were when they were encoded, None where that is not known.
+    `folder` is where they were when they were encoded, None where that is not known; `trunk` [N, T] float16 features of
+    the image tower (`image_tower`), None where they were not extracted.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class FeatureSet:
     embeddings: np.ndarray
     errors: list[str] = field(default_factory=list)
     folder: Path | None = None
+    trunk: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -50,6 +55,11 @@ class FeatureSet:
         """Embeddings [len(rows), D] float32 of length 1."""
         raw = np.asarray(self.embeddings[rows], np.float32)
         return raw / np.linalg.norm(raw, axis=-1, keepdims=True)
+
+    def encoded(self, rows: slice = slice(None)) -> Embeddings:
+        """What the CLIP model made of some of the photos."""
+        trunk = None if self.trunk is None else np.asarray(self.trunk[rows], np.float32)
+        return dataclasses.replace(Embeddings.of(np.asarray(self.embeddings[rows], np.float32)), trunk=trunk)
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureSet":
@@ -75,6 +85,7 @@ class FeatureSet:
             embeddings=np.load(path / "embeddings.npy", mmap_mode="r"),
             errors=manifest["errors"],
             folder=Path(manifest["folder"]) if manifest.get("folder") else None,
+            trunk=np.load(path / _TRUNK, mmap_mode="r") if _TRUNK in manifest["files"] else None,
         )
 
 
@@ -96,6 +107,7 @@ def extract_features(
     dtype: str = "auto",
     batch_size: int = 32,
     workers: int = 2,
+    trunk: bool = False,
     skip_bad: bool = False,
     overwrite: bool = False,
 ) -> FeatureSet:
@@ -110,6 +122,7 @@ def extract_features(
         clip: CLIP model string.
         out: where the feature set is written.
         workers: processes that decode photos.
+        trunk: also store features of the image tower's trunk, which takes seven times as long.
         skip_bad: count and list bad caption lines instead of stopping at the first.
 
     Raises:
@@ -127,12 +140,13 @@ def extract_features(
         "clip": encoder.clip,
         "dtype": str(encoder.dtype),
         "photos": len(photos),
+        "trunk": trunk,
         "content": hashlib.sha256(
             repr([(photo.image_id, str(photo.path), photo.captions) for photo in photos]).encode()
         ).hexdigest(),
     }
     with resumable_directory(out, job, overwrite) as staging:
-        _encode(photos, encoder, staging, batch_size, workers)
+        _encode(photos, encoder, staging, batch_size, workers, trunk)
         _join(photos, folder, staging, encoder, bad)
     return FeatureSet.open(out)
 
@@ -157,7 +171,7 @@ def _group(records: Iterable[CaptionRecord], folder: Path) -> list[_Photo]:
     return list(photos.values())
 
 
-def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: int, workers: int) -> None:
+def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: int, workers: int, trunk: bool) -> None:
     """Writes, chunk by chunk, the embeddings of the photos that can be read and a log of which these are."""
     with bar("photos", total=len(photos), unit="photo") as progress:
         for start in range(0, len(photos), _CHUNK):
@@ -165,8 +179,11 @@ def _encode(photos: list[_Photo], encoder: Encoder, staging: Path, batch_size: i
             if log.is_file():
                 progress.update(len(part))
                 continue
-            encoded = encoder.encode_image([photo.path for photo in part], batch_size, workers, progress.update)
+            paths = [photo.path for photo in part]
+            encoded = encoder.encode_image(paths, batch_size, workers, progress.update, trunk)
             kept = [row for row, error in enumerate(encoded.errors) if error is None]
+            if trunk:
+                save_array(log.with_suffix(f".{_TRUNK}"), encoded.embeddings.trunk[kept].astype(np.float16))
             save_array(log.with_suffix(".npy"), encoded.embeddings.raw[kept].astype(np.float16))
             write_json(
                 log,
@@ -186,10 +203,13 @@ def _join(photos: list[_Photo], folder: Path, staging: Path, encoder: Encoder, b
     errors = [error for chunk in chunks for error in chunk["errors"]]
     if not kept:
         raise InputError(f"none of the {len(photos)} photos can be read; the first: {errors[0]}")
-    join_arrays([log.with_suffix(".npy") for log in logs], staging / "embeddings.npy")
+    files = {".npy": "embeddings.npy"} | ({f".{_TRUNK}": _TRUNK} if logs[0].with_suffix(f".{_TRUNK}").is_file() else {})
+    for suffix, file in files.items():
+        join_arrays([log.with_suffix(suffix) for log in logs], staging / file)
     for log in logs:
         log.unlink()
-        log.with_suffix(".npy").unlink()
+        for suffix in files:
+            log.with_suffix(suffix).unlink()
     digests = [bytes.fromhex(digest) for chunk in chunks for digest in chunk["digests"]]
     fields = {"encoder": encoder.record(), "errors": errors, "bad_lines": bad.listed, "bad_line_count": bad.count}
     fields["folder"] = str(folder.resolve()).encode(errors="replace").decode()

@@ -93,8 +93,9 @@ class OpenIndexes:
             retrieval,
             photos_vote=self.checkpoint.raises_words,
         )
-        if num_neighbors is not None and k > retriever.available:
-            say(f"{k} neighbours were asked for but {retriever.available} captions may be retrieved; using these")
+        available = retriever.allowed.available
+        if num_neighbors is not None and k > available:
+            say(f"{k} neighbours were asked for but {available} captions may be retrieved; using these")
         return retriever, k
 
     def _default(self) -> str | None:

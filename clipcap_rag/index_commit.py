@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from clipcap_rag.artifact import disk_errors, save_array, sync
 from clipcap_rag.errors import InputError
-from clipcap_rag.image_table import write_images
+from clipcap_rag.image_table import IndexPhotos, write_images
 from clipcap_rag.index_store import (
     MANIFEST,
     SEARCH,
@@ -139,11 +139,11 @@ class IndexChange:
         ]
         return pa.chunked_array(columns, pa.string()).drop_null()
 
-    def set_images(self, ids: pa.StringArray, vectors: np.ndarray) -> None:
-        """Makes these the photos of the index: image ids [P] and embeddings [P, D]."""
-        self.images = f"images-{self.manifest['revision'] + 1:06d}.arrow" if len(ids) else None
+    def set_images(self, photos: IndexPhotos) -> None:
+        """Makes these the photos of the index."""
+        self.images = f"images-{self.manifest['revision'] + 1:06d}.arrow" if len(photos) else None
         if self.images:
-            write_images(self.path / self.images, ids, vectors)
+            write_images(self.path / self.images, photos)
 
     def drop_images(self) -> None:
         """Leaves out photos that no caption belongs to any more."""
@@ -151,7 +151,7 @@ class IndexChange:
         if images is not None:
             used = pc.is_in(images.ids, value_set=self.image_ids().unique())
             if not pc.all(used).as_py():
-                self.set_images(images.ids.filter(used), images.vectors[used.to_numpy(zero_copy_only=False)])
+                self.set_images(images.kept(used.to_numpy(zero_copy_only=False)))
 
     def commit(self, next_caption_id: int | None = None, sources: Iterable[dict[str, Any]] = ()) -> int:
         """Makes the change what the index is, safe from loss of power; returns the new revision.

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from clipcap_rag.artifact import check_files
 from clipcap_rag.errors import InputError
-from clipcap_rag.image_table import ImageTable
+from clipcap_rag.image_table import read_images
 from clipcap_rag.index_lock import index_lock
 from clipcap_rag.index_manifest import (
     KIND,
@@ -77,7 +77,7 @@ class IndexFiles:
         self._batch_starts = np.cumsum([0, *sizes], dtype=np.int64)
         self._batches = [(segment, number) for segment in self.segments for number in range(len(segment.batch_sizes))]
         photos = manifest.get("images")
-        self.images = ImageTable(path / photos, self.dim) if photos else None
+        self.images = read_images(path / photos, self.dim) if photos else None
         self.live = np.ones(self.rows, bool)
         self.live[self._removed()] = False
 

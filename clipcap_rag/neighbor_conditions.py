@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipcap_rag.caption_index import CaptionIndex
-from clipcap_rag.encoder import Embeddings
+from clipcap_rag.embeddings import Embeddings
 from clipcap_rag.neighbors import Neighbors
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.sources import normalize_caption
 
 SWEEP = (1, 2, 4, 8, 16, 32)  # numbers of nearest captions that are tried

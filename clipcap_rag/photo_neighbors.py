@@ -6,7 +6,8 @@ from clipcap_rag.artifact import read_json, save_array, write_json
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.features import FeatureSet
 from clipcap_rag.progress import bar, say
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 
 
 def stored_neighbors(features: FeatureSet, index: CaptionIndex, k: int) -> np.ndarray:

@@ -54,14 +54,14 @@ class Ranker:
         Args:
             written: per image, its captions.
             images: [B, D] float32 image embeddings of unit length.
-            neighbors: those whose captions sampled candidates are compared with.
+            neighbors: those whose captions candidates of a search or of sampling are compared with.
         """
         if generation.decoding != "clipcap":
             written = [distinct(captions) for captions in written]
         embedded = self.embed([found.caption for captions in written for found in captions])
         ranked, start = [], 0
         weights = RerankWeights(generation.log_probability_weight, generation.agreement_weight)
-        judged = generation.decoding == "sample" and weights.agreement > 0
+        judged = generation.decoding in ("sample", "beam") and weights.agreement > 0
         agreed = self.agreements(written, neighbors if judged else None)
         for captions, image, agreements in zip(written, images, agreed, strict=True):
             part = embedded[start : start + len(captions)]
@@ -70,7 +70,7 @@ class Ranker:
                 scale = self.encoder.logit_scale
                 ranked.append(by_similarity(captions, part, image, scale, weights, agreements))
             else:
-                ranked.append(by_likelihood(captions, part, image))
+                ranked.append(by_likelihood(captions, part, image, agreements, weights.agreement_share))
         return ranked
 
     def agreements(self, written: Sequence[Sequence[Written]], neighbors: Neighbors | None) -> Iterator[list[float]]:

@@ -16,6 +16,11 @@ class RerankWeights(NamedTuple):
     log_probability: float
     agreement: float
 
+    @property
+    def agreement_share(self) -> float:
+        """What agreement counts beside a mean log-probability that counts 1."""
+        return self.agreement / self.log_probability if self.log_probability else 0.0
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -100,15 +105,19 @@ def reweighted(candidates: Sequence[Candidate], logit_scale: float, weights: Rer
 
 
 def by_likelihood(
-    written: Sequence[Written], embeddings: np.ndarray, image: np.ndarray, agreements: Sequence[float] = ()
+    written: Sequence[Written],
+    embeddings: np.ndarray,
+    image: np.ndarray,
+    agreements: Sequence[float] = (),
+    agreement_share: float = 0.0,
 ) -> list[Candidate]:
-    """Best first by mean log-probability per token, the order of greedy and beam search; that mean is the score."""
+    """Best first by mean log-probability per token + agreement_share x agreement, the order of beam search."""
     return _best_first(
         Candidate(
             found.caption,
             float(similarity),
             found.log_probability,
-            found.log_probability / len(found.tokens),
+            found.log_probability / len(found.tokens) + agreement_share * agreement,
             found.tokens,
             embedding,
             agreement,

@@ -10,7 +10,8 @@ import torch
 
 from clipcap_rag.checkpoint import Checkpoint
 from clipcap_rag.config import GenerationConfig
-from clipcap_rag.encoder import Embeddings, Encoder, check_encoder
+from clipcap_rag.embeddings import Embeddings
+from clipcap_rag.encoder import Encoder, check_encoder
 from clipcap_rag.evidence import LEFT_OUT, Evidence, forced_log_probabilities, versions, weigh
 from clipcap_rag.generation import Written, write_captions
 from clipcap_rag.hardware import pick_device, pick_dtype
@@ -88,7 +89,7 @@ class Writer:
         return neighbors.first(self.checkpoint.mapper_neighbors)
 
     def judges(self, neighbors: Neighbors) -> Neighbors | None:
-        """Those whose captions sampled candidates are compared with; None for a model that retrieves few."""
+        """Those whose captions candidates are compared with; None for a model that retrieves few."""
         return neighbors if self.checkpoint.raises_words else None
 
     def _tensors(self, images: Embeddings, neighbors: Neighbors, dtype: torch.dtype) -> list[torch.Tensor]:

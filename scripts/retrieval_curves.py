@@ -23,7 +23,7 @@ from clipcap_rag.index_images import add_images
 from clipcap_rag.neighbor_conditions import Condition, none
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles
-from clipcap_rag.retriever import Exclusion
+from clipcap_rag.retrievable import Exclusion
 from clipcap_rag.scoring import score
 
 NEIGHBORS = (1, 2, 4, 8, 16, 32, 64, 100, 200)
@@ -41,7 +41,8 @@ class Curves:
     def search(self, indexes: list[CaptionIndex], k: int) -> Neighbors:
         """The k nearest captions of indexes for each photo."""
         retriever, _ = self._subject.captioner.retriever(indexes, k)
-        return retriever.search(self._photos.embeddings.vectors, k, self._exclusions)
+        images = self._photos.embeddings
+        return retriever.search(images.vectors, k, self._exclusions, images.trunk)
 
     def point(self, name: str, indexes: list[CaptionIndex], shown: Neighbors) -> dict[str, Any]:
         """CIDEr with its interval when these neighbours out of indexes are shown."""

@@ -9,12 +9,13 @@ from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import Votes, joint_votes, photo_weights
 from clipcap_rag.cli import main
 from clipcap_rag.config import RetrievalConfig
-from clipcap_rag.encoder import Embeddings
+from clipcap_rag.embeddings import Embeddings
 from clipcap_rag.evidence import versions
 from clipcap_rag.index_images import add_images
 from clipcap_rag.model import load_tokenizer
 from clipcap_rag.ngram_agreement import NgramWeights
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.word_bonus import neighbor_bonus, word_nats
 
 

@@ -11,7 +11,7 @@ import torch
 from clipcap_rag.captioner import Captioner
 from clipcap_rag.checkpoint import Checkpoint, load_tokenizer
 from clipcap_rag.config import GenerationConfig, ModelConfig
-from clipcap_rag.encoder import Embeddings
+from clipcap_rag.embeddings import Embeddings
 from clipcap_rag.evidence import SUPPORT, WordEvidence, _words, forced_log_probabilities, versions, weigh
 from clipcap_rag.mapper import RetrievalMapper
 from clipcap_rag.model import CaptionModel, build_mapper, load_language_model, tune

@@ -13,7 +13,7 @@ from clipcap_rag.cli import main
 from clipcap_rag.encoder import Encoder
 from clipcap_rag.errors import InputError
 from clipcap_rag.features import extract_features
-from clipcap_rag.image_table import ImageTable, write_images
+from clipcap_rag.image_table import IndexPhotos, read_images, write_images
 from clipcap_rag.index_check import verify_index
 from clipcap_rag.index_commit import index_change
 from clipcap_rag.index_editor import add_captions, compact_index, remove_captions, update_caption
@@ -103,7 +103,8 @@ def test_photos_are_added_to_those_that_are_there(world, index, encoder):
     add_captions(index, [CaptionRecord("a photo of another set", "elsewhere")], encoder)
     vectors = np.eye(3, open_files(index).dim, dtype=np.float16)
     with index_change(index, 0) as change:
-        change.set_images(pa.array(["elsewhere", world.features.image_ids[3], "of no caption"]), vectors)
+        ids = pa.array(["elsewhere", world.features.image_ids[3], "of no caption"])
+        change.set_images(IndexPhotos(ids, vectors))
         change.commit()
     assert add_images(index, world.features.path).photos == 9
     files = open_files(index)
@@ -179,7 +180,7 @@ def test_an_index_of_before_photos_were_kept_opens(index):
 def test_verify_finds_photos_that_are_not_of_unit_length(world, index):
     add_images(index, world.features.path)
     file = index / "images-000002.arrow"
-    write_images(file, pa.array(world.features.image_ids), 2 * world.features.unit_embeddings())
+    write_images(file, IndexPhotos(pa.array(world.features.image_ids), 2 * world.features.unit_embeddings()))
     manifest = json.loads((index / "index.json").read_text())
     manifest["files"][file.name] = file_record(file)
     (index / "index.json").write_text(json.dumps(manifest))
@@ -193,12 +194,12 @@ def test_damaged_tables_are_one_sentence(tmp_path, content):
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content == "another width":
-        write_images(file, pa.array(["a"]), np.ones((1, 5)))
+        write_images(file, IndexPhotos(pa.array(["a"]), np.ones((1, 5))))
     else:
-        write_images(file, pa.array(["a"]), np.ones((1, 4)))
+        write_images(file, IndexPhotos(pa.array(["a"]), np.ones((1, 4))))
         schema = pa.ipc.open_file(file).schema
         vectors = pa.array([[np.float16(1), np.float16(0), None, np.float16(0)]], schema.field("embedding").type)
         with pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch([pa.array(["a"]), vectors], schema=schema))
     with pytest.raises(InputError, match="run index add-images again"):
-        ImageTable(file, 4)
+        read_images(file, 4)

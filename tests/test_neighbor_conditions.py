@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from clipcap_rag.neighbor_conditions import LOW_RANK, of_rows, placed, robustness
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.sources import normalize_caption
 
 K = 4
@@ -124,7 +125,7 @@ def test_a_majority_without_image_ids(world):
 
 def test_a_blank_image_leaves_the_neighbours(parts):
     _, found, vectors, _, conditions = parts
-    from clipcap_rag.encoder import Embeddings
+    from clipcap_rag.embeddings import Embeddings
 
     blank, norms = conditions["blank image"], np.full(len(vectors), 2.0, np.float32)
     assert not blank.images(Embeddings(vectors, norms), slice(2, 5)).raw.any()

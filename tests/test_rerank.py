@@ -41,6 +41,17 @@ def test_agreement_with_neighbours_counts():
     assert judged[0].score == pytest.approx(0.30 + 10 * 0.5 / 100)
 
 
+def test_beams_that_agree_with_neighbours_go_first():
+    ranked = by_likelihood(
+        WRITTEN[:2], np.zeros((2, 2)), np.zeros(2), [0.1, 0.4], RerankWeights(2.0, 20.0).agreement_share
+    )
+    plain = by_likelihood(WRITTEN[:2], np.zeros((2, 2)), np.zeros(2))
+    for one in ranked:
+        (same,) = [other for other in plain if other.tokens == one.tokens]
+        assert one.score == pytest.approx(same.score + 10 * one.agreement)
+    assert ranked[0].agreement == 0.4 and RerankWeights(0.0, 20.0).agreement_share == 0
+
+
 def test_likelihood_order_is_the_mean_per_token():
     ranked = by_likelihood(WRITTEN[:3], np.zeros((3, 2)), np.zeros(2))
     assert [candidate.score for candidate in ranked] == pytest.approx([-1.0, -1.0, -1.5])

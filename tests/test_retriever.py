@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.config import IndexConfig, RetrievalConfig
 from clipcap_rag.errors import InputError
-from clipcap_rag.image_table import write_images
+from clipcap_rag.image_table import IndexPhotos, write_images
 from clipcap_rag.index_store import SegmentWriter, caption_batch, write_index_manifest
 from clipcap_rag.photo_neighbors import stored_neighbors
-from clipcap_rag.retriever import Exclusion, Retriever
+from clipcap_rag.retrievable import Exclusion
+from clipcap_rag.retriever import Retriever
 from clipcap_rag.search_structure import build_search_structure
 from clipcap_rag.sources import normalize_caption
 
@@ -119,7 +120,7 @@ def made_index(folder, rows, seed, key="Flat", photos=True):
     np.save(folder / "tombstones-000001.npy", np.arange(0, rows, 11))
     if photos:
         ids = [f"photo{number}" for number in range(0, rows // 3)]
-        write_images(folder / "images-000001.arrow", pa.array(ids), unit(len(ids), seed + 50))
+        write_images(folder / "images-000001.arrow", IndexPhotos(pa.array(ids), unit(len(ids), seed + 50)))
     write_index_manifest(
         folder, revision=1, encoder={"clip": "tiny", "dim": DIM, "probes": {}}, licence=None, provenance={},
         segments=[{"name": "000001", "rows": rows, "search": search}],
