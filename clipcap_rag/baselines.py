@@ -7,15 +7,15 @@ import numpy as np
 
 from clipcap_rag.errors import InputError
 from clipcap_rag.evaluated import Photos
+from clipcap_rag.index_ngrams import ngram_weights
 from clipcap_rag.neighbor_conditions import Condition
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.prediction_files import PredictionFiles, Predictions
-from clipcap_rag.ranker import ngram_weights
 
 
 def nearest_captions(neighbors: Neighbors) -> list[str]:
-    """The nearest caption of each photo, "" where there is none."""
-    return [captions[0] if captions else "" for captions in neighbors.captions]
+    """The caption of each photo that matches it best by its own words, "" where there is none."""
+    return [captions[0] if captions else "" for captions in neighbors.matches()[0]]
 
 
 def consensus_captions(neighbors: Neighbors) -> list[str]:

@@ -142,7 +142,7 @@ def _caption(
             images = encoded.part(part)
             neighbors = retriever.search(images.vectors, k, exclusions[part], images.trunk)
             candidates += captioner.write(images, neighbors, photos.digests[part], generation, ranker)
-            scores += neighbors.present_scores()
+            scores += neighbors.matches()[1]
             progress.update(len(images.vectors))
     rows = [row for row, found in enumerate(candidates) if found and found[0].caption]
     if len(rows) < len(photos):

@@ -8,7 +8,7 @@ import numpy as np
 _NOISE = 1.0  # variance of what a photo's captions say beside what its looks tell, in units of the kernel
 _TRUNK_SHARPNESS, _TRUNK_NOISE = 3.0, 0.5  # the same for features of the trunk: kernel exp(3 cosine - 3)
 _LEAST_SPREAD = 1e-3  # of a feature, in units of the mean of all
-_BESIDE_PHOTOS = 0.1  # what captions that match by their own words count for where captions of photos vote too
+_BESIDE_PHOTOS = 0.05  # what captions that match by their own words count for where captions of photos vote too
 _USUAL = 16  # captions that say what is usual and count beside those that match, so that few raise little
 _OUTLIER = 5.0  # standard deviations by which a match stands out; of 100 neighbours the best does for 2 % of photos
 _MOST = 4.0  # nats that a match may weigh more than another
@@ -105,7 +105,7 @@ def trunk_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> n
 def joint_votes(captions: Sequence[str], scores: np.ndarray, photos: Votes) -> Votes:
     """The votes of K captions that match a photo, by their cosines [K], and those of captions of photos like it.
 
-    Where both are there, the first count for a tenth, or for more if one stands out.
+    Where both are there, the first count for a twentieth, or for more if one stands out.
     """
     if not captions:
         return photos

@@ -148,6 +148,7 @@ class Captioner(Writer):
             digests = [batch.digests[place] for place in good]
             ranked = self.write(kept, neighbors, digests, generation, ranker)
             listed = neighbors.first(LISTED).listed()
+            _, scores = neighbors.matches()
             words = self.prefix_words(kept, neighbors) if explain_prefix else [None] * len(good)
             rows = iter(range(len(good)))
             for place, error in enumerate(batch.errors):
@@ -159,7 +160,6 @@ class Captioner(Writer):
                     continue
                 one, best = slice(row, row + 1), ranked[row][0]
                 inputs = kept.part(one), neighbors.part(one)
-                scores = neighbors.scores[row][neighbors.mask[row]]
                 yield CaptionResult(
                     name,
                     best.caption,
@@ -167,7 +167,7 @@ class Captioner(Writer):
                     listed[row],
                     prefix_words=words[row],
                     evidence=self.explain(*inputs, digests[row], best, generation, ranker) if explain else None,
-                    confidence=abstention and abstention.confidence(kept.vectors[row], ranked[row], scores),
+                    confidence=abstention and abstention.confidence(kept.vectors[row], ranked[row], scores[row]),
                 )
             start += len(batch.errors)
 

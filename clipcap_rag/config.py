@@ -109,7 +109,7 @@ class GenerationConfig(Config):
         15.0, "weight of a candidate's mean log-probability per token (nats) beside logit_scale x CLIP similarity"
     )
     agreement_weight: float = option(
-        270.0,
+        800.0,
         "likewise, of a candidate's agreement (0 to 1) in n-grams with its neighbours' captions; for models that "
         "retrieve more neighbours than their mapper is shown",
     )

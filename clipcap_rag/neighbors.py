@@ -68,7 +68,19 @@ class Neighbors:
     def votes(self) -> list[Votes]:
         """What all captions that were found say about each image."""
         photos = self.photo_votes or [Votes()] * len(self.rows)
-        return [joint_votes(*found) for found in zip(self.captions, self.present_scores(), photos, strict=True)]
+        return [joint_votes(*found) for found in zip(*self.matches(), photos, strict=True)]
+
+    def matches(self) -> tuple[list[list[str]], list[np.ndarray]]:
+        """Per image, the captions that count for how they match, with their cosines: all, but where photos vote.
+
+        There, those found by their photo have a vote as it is.
+        """
+        scores = self.present_scores()
+        if self.photo_votes is None or self.image_scores is None:
+            return self.captions, scores
+        by_words = [np.isnan(own[mask]) for own, mask in zip(self.image_scores, self.mask, strict=True)]
+        captions = [list(compress(listed, own)) for listed, own in zip(self.captions, by_words, strict=True)]
+        return captions, [own[kept] for own, kept in zip(scores, by_words, strict=True)]
 
     def part(self, images: slice) -> "Neighbors":
         """The neighbours of some of the images."""

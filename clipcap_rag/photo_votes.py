@@ -1,4 +1,4 @@
-"""What the captions of photos that look like an image say: which photos are asked, and what each caption weighs."""
+"""What the captions of photos that look like an image say: which photos are asked, what counts, what says it best."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from clipcap_rag.caption_votes import Votes, photo_weights, trunk_weights
-from clipcap_rag.retrievable import Exclusion, Retrievable
+from clipcap_rag.index_ngrams import ngram_weights
+from clipcap_rag.retrievable import Exclusion, Hit, Retrievable
 
 _VOTING = 2  # photos whose captions vote, for each neighbour caption that is retrieved
 _COMPARED = 6  # likewise, nearest photos that are compared by features of the trunk
+_LEADING = 8  # captions that stand before those found by their own words
 _CROWD = 100  # photos without which features of the trunk are not standardised
 
 
@@ -21,6 +23,13 @@ class _Photo(NamedTuple):
     score: float
     number: int
     place: int
+
+
+class Said(NamedTuple):
+    """What the photos that were asked say of an image: their votes, and the captions that agree most with these."""
+
+    votes: Votes
+    best: list[Hit]
 
 
 class PhotoVotes:
@@ -47,7 +56,7 @@ class PhotoVotes:
 
     def votes(
         self, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion], trunk: np.ndarray | None
-    ) -> list[Votes]:
+    ) -> list[Said]:
         """For each query, what the captions of 2 k photos say.
 
         They are the nearest, or of the 6 k nearest those that weigh most by their features of the trunk.
@@ -94,18 +103,32 @@ class PhotoVotes:
         rows = [getattr(self._allowed.indexes[photo.number].files.images, name)[photo.place] for photo in photos]
         return np.stack(rows).astype(np.float32)
 
-    def _said(self, photos: Sequence[_Photo], weights: np.ndarray, exclusion: Exclusion, count: int) -> Votes:
+    def _said(self, photos: Sequence[_Photo], weights: np.ndarray, exclusion: Exclusion, count: int) -> Said:
         """What the captions of those `count` photos say that weigh most."""
         chosen = sorted(np.argsort(-np.abs(weights), kind="stable")[:count].tolist())
-        captions, said = [], []
+        found, said = [], []
         for number in self._asked:
             voters = [place for place in chosen if photos[place].number == number]
             places = [photos[place].place for place in voters]
             own = self._allowed.indexes[number].rows_of_photos(places, self._allowed.among(number))
             voter = {row: place for place, rows in zip(voters, own, strict=True) for row in rows.tolist()}
-            hits = self._allowed.hits(number, "image", np.zeros(len(voter)), np.array(list(voter), np.int64), exclusion)
+            cosines = [photos[place].score / self._allowed.weights[number] for place in voter.values()]
+            hits = self._allowed.hits(number, "image", cosines, np.array(list(voter), np.int64), exclusion)
             kept = list(islice(hits, min(self._allowed.most[number], len(voter))))
             shared = Counter(voter[hit.row] for hit in kept)
-            captions += [hit.caption for hit in kept]
+            found += kept
             said += [weights[voter[hit.row]] / shared[voter[hit.row]] for hit in kept]
-        return Votes(captions, np.array(said))
+        votes = Votes([hit.caption for hit in found], np.array(said))
+        return Said(votes, self._best(found, votes))
+
+    def _best(self, hits: Sequence[Hit], votes: Votes) -> list[Hit]:
+        """The captions of different words that agree most with the votes, best first."""
+        ngrams = ngram_weights(self._allowed.indexes)
+        total = ngrams.total(votes)
+        agreements = np.array([ngrams.agreement(hit.caption, total) for hit in hits])
+        best: dict[str, Hit] = {}
+        for place in np.argsort(-agreements, kind="stable").tolist():
+            best.setdefault(hits[place].text, hits[place])
+            if len(best) == _LEADING:
+                break
+        return list(best.values())

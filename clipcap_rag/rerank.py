@@ -32,7 +32,7 @@ class Candidate:
         score: what it is ranked by, larger is better.
         tokens: what was written, with the end token; those of a prompt are not among them.
         embedding: [D] float32, its CLIP text embedding of unit length.
-        agreement: 0 to 1, with the captions of the neighbours (`ngram_agreement`); 0 where there are none.
+        agreement: 0 to about 1, with the captions of the neighbours (`Ranker.agreements`); 0 where there are none.
     """
 
     caption: str

@@ -29,9 +29,8 @@ def words_for(checkpoint: Checkpoint, neighbors: Neighbors, generation: Generati
         context = context_tokens(tokenizer, neighbors.captions, checkpoint.text_neighbors, room)
         return {"context": context.to(device)}
     if mode == "bias":
-        found = (neighbors.captions, neighbors.present_scores(), neighbors.indexes)
-        settings = (checkpoint.words, generation.bias_strength, generation.new_word_share)
-        return {"bonus": neighbor_bonus(tokenizer, *found, *settings, neighbors.photo_votes).to(device)}
+        settings = (neighbors.indexes, checkpoint.words, generation.bias_strength, generation.new_word_share)
+        return {"bonus": neighbor_bonus(tokenizer, *neighbors.matches(), *settings, neighbors.photo_votes).to(device)}
     return {}
 
 

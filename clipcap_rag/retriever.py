@@ -15,7 +15,11 @@ from clipcap_rag.retrievable import Exclusion, Hit, Retrievable
 
 
 class Retriever:
-    """Finds neighbours in one or several indexes; hits are ordered by weight x cosine, two routes take turns."""
+    """Finds neighbours in one or several indexes.
+
+    They are ordered by weight x cosine, and two routes take turns. By route auto, where photos vote, 8 captions of
+    theirs come first, or half of all, that agree most with all their votes.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Retriever:
         self.allowed = Retrievable(indexes, weights, most, config)
         self.indexes, self._weights, self._most = self.allowed.indexes, self.allowed.weights, self.allowed.most
         self._routes = {"both": ("text", "image"), "auto": ("text",)}.get(config.route, (config.route,))
+        self._photos_lead = config.route == "auto"
         self._photos = PhotoVotes(self.allowed) if photos_vote and config.route != "text" else None
         lacking = [index for index in indexes if index.files.images is None] if "image" in self._routes else []
         if lacking and (config.route == "image" or len(lacking) == len(indexes)):
@@ -80,7 +85,11 @@ class Retriever:
             for number in range(len(self.indexes)):
                 for query, found in enumerate(self._distinct(number, route, queries, k, exclusions)):
                     hits[query][place] += found
-        merged = [self._merge(routes, k) for routes in hits]
+        told = None
+        if k and self._photos:
+            told = self._photos.votes(queries, k, exclusions, trunk if self.wants_trunk else None)
+        leading = [said.best[: k // 2] for said in told] if told and self._photos_lead else [[]] * B
+        merged = [self._merge(first, routes, k) for first, routes in zip(leading, hits, strict=True)]
         rows, sources = np.full((B, k), -1, np.int64), np.zeros((B, k), np.int64)
         scores, image_scores = np.zeros((B, k), np.float32), np.full((B, k), np.nan, np.float32)
         embeddings = np.zeros((B, k, D), np.float32)
@@ -95,17 +104,15 @@ class Retriever:
         by_image = ~np.isnan(image_scores)
         scores[by_image] = np.einsum("bkd,bd->bk", embeddings, queries)[by_image]
         captions = [[hit.caption for hit in found] for found in merged]
-        votes = None
-        if k and self._photos:
-            votes = self._photos.votes(queries, k, exclusions, trunk if self.wants_trunk else None)
+        votes = told and [said.votes for said in told]
         return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores, votes)
 
-    def _merge(self, routes: Sequence[list[Hit]], k: int) -> list[Hit]:
-        """The first k distinct captions of routes that take turns, no index giving more than it may."""
+    def _merge(self, first: list[Hit], routes: Sequence[list[Hit]], k: int) -> list[Hit]:
+        """The first k distinct captions: some that lead, then routes that take turns, no index giving too many."""
         ordered = [sorted(hits, key=lambda hit: -self._weights[hit.number] * hit.score) for hits in routes]
         kept: dict[str, Hit] = {}
         given: Counter[int] = Counter()
-        for hit in chain.from_iterable(zip_longest(*ordered)):
+        for hit in chain(first, chain.from_iterable(zip_longest(*ordered))):
             if len(kept) == k:
                 break
             if hit is not None and hit.text not in kept and given[hit.number] < self._most[hit.number]:

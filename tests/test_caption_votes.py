@@ -1,19 +1,25 @@
 """Votes: what captions that match, and captions of photos that look alike, say about a photo."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
+from clipcap_rag.baselines import nearest_captions
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import Votes, joint_votes, photo_weights
 from clipcap_rag.cli import main
 from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.embeddings import Embeddings
+from clipcap_rag.encoder import Encoder
 from clipcap_rag.evidence import versions
+from clipcap_rag.generation import Written
 from clipcap_rag.index_images import add_images
+from clipcap_rag.index_ngrams import ngram_weights
 from clipcap_rag.model import load_tokenizer
 from clipcap_rag.ngram_agreement import NgramWeights
+from clipcap_rag.ranker import Ranker
 from clipcap_rag.retrievable import Exclusion
 from clipcap_rag.retriever import Retriever
 from clipcap_rag.word_bonus import neighbor_bonus, word_nats
@@ -54,10 +60,10 @@ def test_captions_that_match_count_beside_photos_and_more_if_one_stands_out():
     photos = Votes(["a", "b"], np.array([0.7, 0.3]))
     mixed = joint_votes(captions, scores, photos)
     assert list(mixed.captions) == [*captions, "a", "b"]
-    assert mixed.weights[-2:] == pytest.approx([0.56, 0.24]) and mixed.weights[:100] == pytest.approx(0.2 / 116)
+    assert mixed.weights[-2:] == pytest.approx([0.665, 0.285]) and mixed.weights[:100] == pytest.approx(0.05 / 116)
     standing_out = joint_votes(captions, np.append(scores[1:], 0.9), photos)
     assert standing_out.weights[99] > 10 * mixed.weights[99]
-    assert standing_out.weights[-2] < 0.56
+    assert standing_out.weights[-2] < 0.665
     assert joint_votes([], np.array([]), photos) is photos
 
 
@@ -117,6 +123,42 @@ def test_words_of_photos_that_look_alike_are_raised_and_agreed_with(world, index
     weights = NgramWeights([caption] for caption in world.features.captions[0])
     common = weights.total(joint_votes(captions, scores, photos))
     assert weights.agreement("a zeppelin in the snow", common) > weights.agreement("a cat", common)
+
+
+def test_captions_of_photos_that_agree_most_with_all_come_first(world, index):
+    queries = world.features.unit_embeddings()
+    own = [Exclusion(image_id, frozenset()) for image_id in world.features.image_ids]
+    found = Retriever([index], photos_vote=True).search(queries, 6, own)
+    plain = Retriever([index]).search(queries, 6, own)
+    weights = ngram_weights([index])
+    for listed, captions, votes, matches in zip(
+        found.listed(), found.captions, found.photo_votes, found.matches()[0], strict=True
+    ):
+        total = weights.total(votes)
+        agreed = {caption: weights.agreement(caption, total) for caption in votes.captions}
+        assert [neighbor.route for neighbor in listed] == ["image"] * 3 + ["text"] * 3
+        assert [agreed[caption] for caption in captions[:3]] == pytest.approx(sorted(agreed.values(), reverse=True)[:3])
+        assert matches == captions[3:]
+    for with_photos, without in zip(found.matches()[0], plain.captions, strict=True):
+        assert [caption for caption in without if caption in with_photos] == with_photos
+    assert nearest_captions(found) == [listed[0] for listed in found.matches()[0]]
+    assert plain.matches()[0] == plain.captions
+    by_photo = Retriever([index], config=RetrievalConfig(route="image"), photos_vote=True).search(queries, 6, own)
+    assert (
+        by_photo.captions == Retriever([index], config=RetrievalConfig(route="image")).search(queries, 6, own).captions
+    )
+
+
+def test_agreement_counts_a_third_where_no_photos_vote(world, index):
+    queries = world.features.unit_embeddings()[:1]
+    found = Retriever([index], photos_vote=True).search(queries, 6)
+    without = dataclasses.replace(found, photo_votes=None)
+    written = [[Written("a brown dog", (1, 2), -1.0)]]
+    weights, ranker = ngram_weights([index]), Ranker(Encoder.load(world.clip, "cpu"))
+    for neighbors, share in ((found, 1.0), (without, 1 / 3)):
+        (votes,) = neighbors.votes()
+        expected = share * weights.agreement("a brown dog", weights.total(votes))
+        assert list(ranker.agreements(written, neighbors)) == [[pytest.approx(expected)]]
 
 
 def test_what_is_left_out_votes_no_more(world, index):

@@ -88,6 +88,7 @@ LAYERS = {
     "caption_votes": 0.2,
     "vote_sums": 0.3,
     "neighbors": 2.5,
+    "index_ngrams": 2.2,
     "retrievable": 2.2,
     "photo_votes": 2.3,
     "retriever": 3,
