@@ -83,7 +83,8 @@ def info(given: Namespace) -> int:
         search = segment.get("search") or {}
         print(f"  segment     {segment['name']}: {segment['rows']} rows, {search.get('key', 'exact search')}")
     if files.images is not None:
-        print(f"  photos      {len(files.images)}, for --route image")
+        known = "" if files.images.trunk is None else f"; {files.images.trunk.shape[1]} trunk features of each"
+        print(f"  photos      {len(files.images)}, for --route image and auto{known}")
     print(f"  on disk     {sum(file['bytes'] for file in manifest['files'].values()) / 1e6:.1f} MB")
     print(f"  licence     {manifest['licence'] or 'not stated'}")
     for caption in files.captions(files.live.nonzero()[0][:3]):

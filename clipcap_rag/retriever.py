@@ -11,6 +11,7 @@ from clipcap_rag.config import RetrievalConfig
 from clipcap_rag.errors import InputError
 from clipcap_rag.neighbors import Neighbors
 from clipcap_rag.photo_votes import PhotoVotes
+from clipcap_rag.progress import say
 from clipcap_rag.retrievable import Exclusion, Hit, Retrievable
 
 
@@ -49,6 +50,7 @@ class Retriever:
         self.allowed = Retrievable(indexes, weights, most, config)
         self.indexes, self._weights, self._most = self.allowed.indexes, self.allowed.weights, self.allowed.most
         self._routes = {"both": ("text", "image"), "auto": ("text",)}.get(config.route, (config.route,))
+        self._trunk_missed = False
         self._photos_lead = config.route == "auto"
         self._photos = PhotoVotes(self.allowed) if photos_vote and config.route != "text" else None
         lacking = [index for index in indexes if index.files.images is None] if "image" in self._routes else []
@@ -87,6 +89,7 @@ class Retriever:
                     hits[query][place] += found
         told = None
         if k and self._photos:
+            self._tell_of_trunk(trunk)
             told = self._photos.votes(queries, k, exclusions, trunk if self.wants_trunk else None)
         leading = [said.best[: k // 2] for said in told] if told and self._photos_lead else [[]] * B
         merged = [self._merge(first, routes, k) for first, routes in zip(leading, hits, strict=True)]
@@ -106,6 +109,15 @@ class Retriever:
         captions = [[hit.caption for hit in found] for found in merged]
         votes = told and [said.votes for said in told]
         return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores, votes)
+
+    def _tell_of_trunk(self, trunk: np.ndarray | None) -> None:
+        """Says, once, that photos are compared by less than an index has of them."""
+        if trunk is None and self.wants_trunk and not self._trunk_missed:
+            self._trunk_missed = True
+            say(
+                "these embeddings come without the trunk features by which the index compares photos; embeddings are "
+                "compared instead (give photos, or features of extract --trunk)"
+            )
 
     def _merge(self, first: list[Hit], routes: Sequence[list[Hit]], k: int) -> list[Hit]:
         """The first k distinct captions: some that lead, then routes that take turns, no index giving too many."""

@@ -79,7 +79,10 @@ def _tell_of_photos(index: str | None, features: str) -> None:
     if index is None or (opened := CaptionIndex.open(index, "cpu")).files.images is not None:
         return
     if len(opened.rows_of_images(set(FeatureSet.open(features).image_ids))):
-        say(f"captions get better with photos: clipcap-rag index add-images {index} --features {features}")
+        say(
+            f"captions get better with photos: clipcap-rag index add-images {index} --features {features}, "
+            "best with features of extract --trunk"
+        )
 
 
 def sweep_flags(parser: ArgumentParser) -> None:

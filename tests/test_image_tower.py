@@ -174,6 +174,15 @@ def test_features_tell_photos_apart_whatever_all_of_them_share():
     assert np.isfinite(trunk_weights(np.append(query, 7), constant, trust)).all()
 
 
+def test_embeddings_without_features_are_told_once(features, index, capsys):
+    retriever, encoded = Retriever([index], photos_vote=True), features.encoded()
+    retriever.search(encoded.vectors, 4, trunk=encoded.trunk)
+    assert not capsys.readouterr().err
+    for times in (1, 0):
+        retriever.search(encoded.vectors, 4)
+        assert capsys.readouterr().err.count("give photos, or features of extract --trunk") == times
+
+
 def test_photos_vote_by_their_features_where_there_are_enough(world, features, index, monkeypatch):
     own = [Exclusion(image_id, frozenset()) for image_id in features.image_ids]
     retriever, encoded = Retriever([index], photos_vote=True), features.encoded()
@@ -216,3 +225,7 @@ def test_extract_stores_trunk_features_when_asked(world, tmp_path, capsys):
     given = ["extract", "--captions", str(world.captions), "--images", str(world.photos), "--clip", world.clip]
     assert main([*given, "--trunk", "--device=cpu", "--workers=0", "--out", str(tmp_path / "f")]) == 0
     assert np.load(tmp_path / "f" / "trunk.npy").shape == (8, 32)
+    folder = shutil.copytree(world.index.path, tmp_path / "index")
+    assert main(["index", "add-images", str(folder), "--features", str(tmp_path / "f")]) == 0
+    assert main(["index", "info", str(folder)]) == 0
+    assert "photos      8, for --route image and auto; 32 trunk features of each" in capsys.readouterr().out
