@@ -14,8 +14,9 @@ from clipcap_rag.prediction_files import PredictionFiles, Predictions
 
 
 def nearest_captions(neighbors: Neighbors) -> list[str]:
-    """The caption of each photo that matches it best by its own words, "" where there is none."""
-    return [captions[0] if captions else "" for captions in neighbors.matches()[0]]
+    """The caption with the largest cosine with each photo, "" where there is none."""
+    found = zip(neighbors.captions, neighbors.present_scores(), strict=True)
+    return [captions[int(np.argmax(scores))] if captions else "" for captions, scores in found]
 
 
 def consensus_captions(neighbors: Neighbors) -> list[str]:

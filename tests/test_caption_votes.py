@@ -141,7 +141,7 @@ def test_captions_of_photos_that_agree_most_with_all_come_first(world, index):
         assert matches == captions[3:]
     for with_photos, without in zip(found.matches()[0], plain.captions, strict=True):
         assert [caption for caption in without if caption in with_photos] == with_photos
-    assert nearest_captions(found) == [listed[0] for listed in found.matches()[0]]
+    assert nearest_captions(found) == [captions[0] for captions in plain.captions]
     assert plain.matches()[0] == plain.captions
     by_photo = Retriever([index], config=RetrievalConfig(route="image"), photos_vote=True).search(queries, 6, own)
     assert (
