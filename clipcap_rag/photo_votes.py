@@ -38,9 +38,13 @@ class PhotoVotes:
     def __init__(self, allowed: Retrievable):
         """allowed: the indexes; those without photos or of weight 0 have no vote."""
         self._allowed = allowed
-        self._asked = [
+
+    @property
+    def _asked(self) -> list[int]:
+        """The numbers of the indexes that have a vote as they are now."""
+        return [
             number
-            for number, (index, weight) in enumerate(zip(allowed.indexes, allowed.weights, strict=True))
+            for number, (index, weight) in enumerate(zip(self._allowed.indexes, self._allowed.weights, strict=True))
             if index.files.images is not None and weight > 0
         ]
 
@@ -49,10 +53,11 @@ class PhotoVotes:
         return bool(self._asked)
 
     @property
-    def want_trunk(self) -> bool:
-        """Whether all photos have features of the trunk, of one width, to compare an image's with."""
+    def trunk_dim(self) -> int | None:
+        """Width T of the features of the trunk that all photos have; None where some have none, or others."""
         features = [self._allowed.indexes[number].files.images.trunk for number in self._asked]
-        return bool(features) and None not in {part if part is None else part.shape[1] for part in features}
+        widths = {None if part is None else part.shape[1] for part in features}
+        return widths.pop() if len(widths) == 1 else None
 
     def votes(
         self, queries: np.ndarray, k: int, exclusions: Sequence[Exclusion], trunk: np.ndarray | None
@@ -65,7 +70,7 @@ class PhotoVotes:
             queries: [B, D] float32 image embeddings of unit length.
             k: neighbour captions per image.
             exclusions: per query, what has no vote.
-            trunk: [B, T] features of the images, where `want_trunk`; None compares embeddings.
+            trunk: [B, T] features of the images, T being `trunk_dim`; None compares embeddings.
         """
         count = k * (_VOTING if trunk is None else _COMPARED)
         nearest = self._nearest(queries, count, exclusions)

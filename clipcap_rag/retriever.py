@@ -63,7 +63,7 @@ class Retriever:
     @property
     def wants_trunk(self) -> bool:
         """Whether `search` has a use for features of the image tower's trunk."""
-        return self._photos is not None and self._photos.want_trunk
+        return self._photos is not None and self._photos.trunk_dim is not None
 
     def search(
         self,
@@ -79,6 +79,9 @@ class Retriever:
             k: neighbours per image; fewer are returned, masked, where the indexes do not hold so many.
             exclusions: per query, what it must not retrieve.
             trunk: [B, T] features of the image tower's trunk, by which photos that look alike are told apart.
+
+        Raises:
+            InputError: the photos of the indexes have features of another width, or as `CaptionIndex.search`.
         """
         B, D = queries.shape
         exclusions = exclusions or [Exclusion(None, frozenset())] * B
@@ -89,8 +92,7 @@ class Retriever:
                     hits[query][place] += found
         told = None
         if k and self._photos:
-            self._tell_of_trunk(trunk)
-            told = self._photos.votes(queries, k, exclusions, trunk if self.wants_trunk else None)
+            told = self._photos.votes(queries, k, exclusions, self._comparable(trunk))
         leading = [said.best[: k // 2] for said in told] if told and self._photos_lead else [[]] * B
         merged = [self._merge(first, routes, k) for first, routes in zip(leading, hits, strict=True)]
         rows, sources = np.full((B, k), -1, np.int64), np.zeros((B, k), np.int64)
@@ -110,14 +112,21 @@ class Retriever:
         votes = told and [said.votes for said in told]
         return Neighbors(rows, scores, sources, embeddings, captions, self.indexes, image_scores, votes)
 
-    def _tell_of_trunk(self, trunk: np.ndarray | None) -> None:
-        """Says, once, that photos are compared by less than an index has of them."""
-        if trunk is None and self.wants_trunk and not self._trunk_missed:
+    def _comparable(self, trunk: np.ndarray | None) -> np.ndarray | None:
+        """The features of images that photos of the indexes have as well; says, once, what is missed without them."""
+        width = self._photos.trunk_dim
+        if trunk is not None and width not in (None, trunk.shape[1]):
+            raise InputError(
+                f"these images have {trunk.shape[1]} trunk features and the photos of the index {width}; extract both "
+                "with one CLIP model"
+            )
+        if trunk is None and width is not None and not self._trunk_missed:
             self._trunk_missed = True
             say(
                 "these embeddings come without the trunk features by which the index compares photos; embeddings are "
                 "compared instead (give photos, or features of extract --trunk)"
             )
+        return trunk if width is not None else None
 
     def _merge(self, first: list[Hit], routes: Sequence[list[Hit]], k: int) -> list[Hit]:
         """The first k distinct captions: some that lead, then routes that take turns, no index giving too many."""

@@ -183,6 +183,12 @@ def test_embeddings_without_features_are_told_once(features, index, capsys):
         assert capsys.readouterr().err.count("give photos, or features of extract --trunk") == times
 
 
+def test_features_of_another_width_are_refused(features, index):
+    retriever, encoded = Retriever([index], photos_vote=True), features.encoded()
+    with pytest.raises(InputError, match="31 trunk features and the photos of the index 32; extract both"):
+        retriever.search(encoded.vectors, 4, trunk=encoded.trunk[:, 1:])
+
+
 def test_photos_vote_by_their_features_where_there_are_enough(world, features, index, monkeypatch):
     own = [Exclusion(image_id, frozenset()) for image_id in features.image_ids]
     retriever, encoded = Retriever([index], photos_vote=True), features.encoded()
