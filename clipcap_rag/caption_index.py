@@ -175,7 +175,7 @@ class CaptionIndex:
         Raises:
             InputError: as `search`, or the index holds no photos.
         """
-        return self._photo_route.search(self._checked(queries, k), k, self._may_be_found(among))
+        return self._image_route.search(self._checked(queries, k), k, self._may_be_found(among))
 
     def nearest_photos(
         self, queries: np.ndarray, k: int, among: np.ndarray | None = None
@@ -184,27 +184,23 @@ class CaptionIndex:
 
         Places are those in `files.images`. Arguments and errors are those of `search_images`.
         """
-        return self._photo_route.nearest(self._checked(queries, k), k, self._may_be_found(among))
+        return self._image_route.nearest(self._checked(queries, k), k, self._may_be_found(among))
 
     def rows_of_photos(self, photos: Sequence[int], among: np.ndarray | None = None) -> list[np.ndarray]:
         """For each photo, by its place, the rows [n] of its captions."""
         allowed = self._may_be_found(among)
-        return [self._photo_route.rows(photo, allowed) for photo in photos]
+        return [self._image_route.rows(photo, allowed) for photo in photos]
 
     def _may_be_found(self, among: np.ndarray | None) -> np.ndarray:
         return self.files.live if among is None else self.files.live & among
 
-    @property
-    def _photo_route(self) -> ImageRoute:
+    @cached_property
+    def _image_route(self) -> ImageRoute:
         if self.files.images is None:
             raise InputError(
                 f"the index {self.path} holds no image embeddings; give it some with index add-images, "
                 "or use --route text"
             )
-        return self._image_route
-
-    @cached_property
-    def _image_route(self) -> ImageRoute:
         return ImageRoute(self.files)
 
     def _checked(self, queries: np.ndarray, k: int) -> np.ndarray:

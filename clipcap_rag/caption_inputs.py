@@ -1,6 +1,5 @@
 """What is captioned besides photos: embeddings that were stored before, and texts, as batches like those of photos."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,8 +89,7 @@ class StoredEmbeddings:
         """All of them in order, `size` at a time."""
         for start in range(0, len(self), size):
             raw = np.asarray(self.vectors[start : start + size], np.float32)
-            trunk = None if self.trunk is None else np.asarray(self.trunk[start : start + size], np.float32)
-            embeddings = dataclasses.replace(Embeddings.of(raw), trunk=trunk)
+            embeddings = Embeddings.of(raw, None if self.trunk is None else self.trunk[start : start + size])
             digests = self.digests[start : start + size] if self.digests else [row.tobytes() for row in raw]
             yield EncodedImages(embeddings, [None] * len(raw), digests)
 

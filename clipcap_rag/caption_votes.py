@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+_SHARPNESS = 2.0  # of the kernel exp(2 cosine - 2) = exp(-distance²) of embeddings
 _NOISE = 1.0  # variance of what a photo's captions say beside what its looks tell, in units of the kernel
 _TRUNK_SHARPNESS, _TRUNK_NOISE = 3.0, 0.5  # the same for features of the trunk: kernel exp(3 cosine - 3)
 _LEAST_SPREAD = 1e-3  # of a feature, in units of the mean of all
@@ -77,9 +78,7 @@ def photo_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> n
         photos: [P, D] of unit length.
         trust: [P], above 0; a photo of more has less noise.
     """
-    kernel = np.exp(2.0 * (photos @ photos.T - 1.0))
-    kernel[np.diag_indices(len(photos))] += _NOISE / trust
-    return np.linalg.solve(kernel, np.exp(2.0 * (photos @ query - 1.0)))
+    return _regression(query, photos, _SHARPNESS, _NOISE / trust)
 
 
 def trunk_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> np.ndarray:
@@ -97,9 +96,14 @@ def trunk_weights(query: np.ndarray, photos: np.ndarray, trust: np.ndarray) -> n
     centre = photos.mean(axis=0)
     near, own = (photos - centre) * scale, (query - centre) * scale
     near /= np.linalg.norm(near, axis=1, keepdims=True)
-    kernel = np.exp(_TRUNK_SHARPNESS * (near @ near.T - 1.0)).astype(np.float64)
-    kernel[np.diag_indices(len(photos))] += _TRUNK_NOISE / trust
-    return np.linalg.solve(kernel, np.exp(_TRUNK_SHARPNESS * (near @ (own / np.linalg.norm(own)) - 1.0)))
+    return _regression(own / np.linalg.norm(own), near, _TRUNK_SHARPNESS, _TRUNK_NOISE / trust)
+
+
+def _regression(query: np.ndarray, photos: np.ndarray, sharpness: float, noise: np.ndarray) -> np.ndarray:
+    """The weights [P] of photos [P, D] for a query [D], all of unit length: kernel exp(sharpness (cosine - 1))."""
+    kernel = np.exp(sharpness * (photos @ photos.T - 1.0)).astype(np.float64)
+    kernel[np.diag_indices(len(photos))] += noise
+    return np.linalg.solve(kernel, np.exp(sharpness * (photos @ query - 1.0)))
 
 
 def joint_votes(captions: Sequence[str], scores: np.ndarray, photos: Votes) -> Votes:

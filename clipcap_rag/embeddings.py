@@ -21,10 +21,12 @@ class Embeddings:
     trunk: np.ndarray | None = None
 
     @classmethod
-    def of(cls, raw: np.ndarray) -> "Embeddings":
-        """Those that the tower gave as they are, [N, D]."""
+    def of(cls, raw: np.ndarray, trunk: np.ndarray | None = None) -> "Embeddings":
+        """Those that the tower gave as they are, [N, D], and features [N, T], as float32."""
+        raw = np.asarray(raw, np.float32)
         norms = np.linalg.norm(raw, axis=1)
-        return cls(raw / np.where(norms > 0, norms, 1)[:, None], norms)
+        trunk = None if trunk is None else np.asarray(trunk, np.float32)
+        return cls(raw / np.where(norms > 0, norms, 1)[:, None], norms, trunk)
 
     @property
     def raw(self) -> np.ndarray:

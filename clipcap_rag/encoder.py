@@ -1,6 +1,5 @@
 """Images and texts -> CLIP embeddings of unit length, with what identifies the encoder."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -136,7 +135,7 @@ class Encoder:
         """Embeds B photos, with trunk features, by their preprocessed views [B, V, 3, H, W] (`image_tower.Views`)."""
         with torch.inference_mode(), _enough_memory(len(pixels)):
             raw, trunk = self._image_tower.views(pixels.to(self.device, self._pixel_dtype))
-        return dataclasses.replace(Embeddings.of(raw.float().cpu().numpy()), trunk=trunk.cpu().numpy())
+        return Embeddings.of(raw.float().cpu().numpy(), trunk.cpu().numpy())
 
     def iter_images(
         self, images: Sequence[ImageLike], batch_size: int = 32, workers: int = 0, trunk: bool = False

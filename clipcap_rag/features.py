@@ -1,6 +1,5 @@
 """Feature sets: the embeddings, ids and captions of a folder of photos, encoded once and memory-mapped afterwards."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -58,8 +57,7 @@ class FeatureSet:
 
     def encoded(self, rows: slice = slice(None)) -> Embeddings:
         """What the CLIP model made of some of the photos."""
-        trunk = None if self.trunk is None else np.asarray(self.trunk[rows], np.float32)
-        return dataclasses.replace(Embeddings.of(np.asarray(self.embeddings[rows], np.float32)), trunk=trunk)
+        return Embeddings.of(self.embeddings[rows], None if self.trunk is None else self.trunk[rows])
 
     @classmethod
     def open(cls, path: str | Path) -> "FeatureSet":

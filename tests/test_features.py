@@ -45,9 +45,11 @@ def test_unreadable_photos_are_left_out_and_listed(world, tmp_path):
     assert FeatureSet.open(tmp_path / "out").errors == features.errors
 
 
-def test_a_killed_extraction_continues(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("trunk", [False, True])
+def test_a_killed_extraction_continues(world, tmp_path, monkeypatch, trunk):
     monkeypatch.setattr(features_module, "_CHUNK", 4)
-    whole = extract_features([world.captions], world.photos, world.clip, tmp_path / "whole", workers=0)
+    given, settings = ([world.captions], world.photos, world.clip), {"workers": 0, "trunk": trunk}
+    whole = extract_features(*given, tmp_path / "whole", **settings)
     calls = []
     encode = Encoder.encode_image
 
@@ -59,16 +61,16 @@ def test_a_killed_extraction_continues(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Encoder, "encode_image", dies_in_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
-        extract_features([world.captions], world.photos, world.clip, tmp_path / "parts", workers=0)
+        extract_features(*given, tmp_path / "parts", **settings)
     assert not (tmp_path / "parts").exists()
     with pytest.raises(InputError, match="unfinished"):
         FeatureSet.open(tmp_path / "parts")
     chunks = -(-len(whole) // 4)
-    extract_features([world.captions], world.photos, world.clip, tmp_path / "parts", workers=0)
+    extract_features(*given, tmp_path / "parts", **settings)
     assert len(calls) == 2 + chunks - 1
-    for name in ("embeddings.npy", "images.arrow", "captions.arrow"):
+    for name in ("embeddings.npy", "images.arrow", "captions.arrow", *(["trunk.npy"] if trunk else [])):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not (tmp_path / "parts.partial").exists()
+    assert not (tmp_path / "parts.partial").exists() and not list((tmp_path / "parts").glob("chunk-*"))
 
 
 def test_two_photos_with_one_id_are_refused(world, tmp_path):

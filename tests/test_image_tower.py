@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import clipcap_rag.features as features_module
 import clipcap_rag.photo_votes as photo_votes
 from clipcap_rag.caption_index import CaptionIndex
 from clipcap_rag.caption_votes import trunk_weights
@@ -93,25 +92,6 @@ def test_trunk_features_are_the_mean_over_the_views_and_change_no_embedding(worl
     mean = (seen[:2].mean(0) + seen[2:].mean(0)) / 2
     np.testing.assert_allclose(features.trunk[2], mean, rtol=2e-3, atol=2e-3)
     assert features.encoded(slice(2, 3)).trunk.dtype == np.float32
-
-
-def test_a_killed_extraction_with_trunk_features_continues(world, features, tmp_path, monkeypatch):
-    monkeypatch.setattr(features_module, "_CHUNK", 3)
-    encode, calls = Encoder.encode_image, []
-
-    def dies(self, *arguments, **settings):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(self, *arguments, **settings)
-
-    monkeypatch.setattr(Encoder, "encode_image", dies)
-    given = ([world.captions], world.photos, world.clip, tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):
-        extract_features(*given, workers=0, trunk=True, dtype="float32")
-    made = extract_features(*given, workers=0, trunk=True, dtype="float32")
-    assert np.array_equal(made.trunk, features.trunk) and np.array_equal(made.embeddings, features.embeddings)
-    assert not list(made.path.glob("chunk-*"))
 
 
 def test_photos_that_cannot_be_read_have_no_trunk_features(world, tmp_path):
